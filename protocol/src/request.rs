@@ -1,0 +1,57 @@
+//! What a client asks for (pure).
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Manifest and config format of the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// Docker schema 2: keeps HEALTHCHECK, ONBUILD and SHELL.
+    Docker,
+    /// OCI image: has no place for those three.
+    Oci,
+}
+
+/// What a RUN step may reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetworkMode {
+    /// A network of its own: the outside and internal servers, not the host.
+    Isolated,
+    /// Loopback of the slot only.
+    None,
+    /// The host's network, with everything that listens on its loopback.
+    UnsafeHost,
+}
+
+/// One build, as the client describes it. Files travel beside it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BuildRequest {
+    /// Text of the Dockerfile.
+    pub dockerfile: String,
+    /// The name that the user gave the Dockerfile, for messages only.
+    pub dockerfile_name: String,
+    /// `--build-arg`, always with a value.
+    pub build_args: BTreeMap<String, String>,
+    /// `--label`.
+    pub labels: BTreeMap<String, String>,
+    /// `--target`.
+    pub target: Option<String>,
+    /// Image format.
+    pub format: ImageFormat,
+    /// Seconds since the epoch for every time in the image.
+    pub timestamp: Option<i64>,
+    /// What RUN may reach.
+    pub network: NetworkMode,
+    /// Ask the registry for the digest of every base image, even when one is known.
+    pub pull: bool,
+    /// Forget kept content: cache mounts start empty.
+    pub no_cache: bool,
+    /// The build ends as `timeout` after this long.
+    pub timeout: Duration,
+    /// The target's files are wanted (`type=local`, `type=tar`), not only the image.
+    pub root_filesystem: bool,
+}
