@@ -1,5 +1,22 @@
 //! The Kiln agent: fetches base images, runs rootless buildah in sealed slots, seals what comes out.
 
+pub mod agent;
+pub mod bases;
+pub mod blobs;
+pub mod caches;
+pub mod classify;
+pub mod config;
+pub mod dockerfile;
+pub mod doctor;
+pub mod executor;
+pub mod housekeeping;
+pub mod logs;
+pub mod output;
+pub mod plan;
+pub mod registry;
+pub mod seal;
 pub mod slot;
+pub mod state;
 pub mod stop;
 pub mod unpack;
+pub mod version;

@@ -1,2 +1,23 @@
-//! The `kiln` command.
-fn main() {}
+//! The `kiln` command (edge).
+
+mod app;
+mod args;
+mod build;
+mod check;
+mod context;
+mod credentials;
+mod dockerfile;
+mod doctor;
+mod inputs;
+mod paths;
+mod progress;
+mod prune;
+mod signals;
+
+fn main() -> std::process::ExitCode {
+    // Before anything else: this process image also serves as the slot's single-threaded shim.
+    if std::env::args_os().nth(1).is_some_and(|a| a == kiln_agent::slot::SHIM_ARGUMENT) {
+        return u8::try_from(kiln_agent::slot::shim_main()).unwrap_or(1).into();
+    }
+    app::run()
+}

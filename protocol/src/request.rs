@@ -46,10 +46,6 @@ pub struct BuildRequest {
     pub timestamp: Option<i64>,
     /// What RUN may reach.
     pub network: NetworkMode,
-    /// Ask the registry for the digest of every base image, even when one is known.
-    pub pull: bool,
-    /// Forget kept content: cache mounts start empty.
-    pub no_cache: bool,
     /// The build ends as `timeout` after this long.
     pub timeout: Duration,
     /// The target's files are wanted (`type=local`, `type=tar`), not only the image.

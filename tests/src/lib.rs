@@ -1,1 +1,16 @@
-//! Kiln tests.
+//! Harness of the end-to-end suites: real buildah, a real registry, real faults (edge).
+//!
+//! Everything that it starts ends with the test process, even if that one is killed.
+#![expect(clippy::unwrap_used, reason = "a harness fails its test by panicking")]
+#![expect(clippy::missing_panics_doc, reason = "a harness fails its test by panicking")]
+
+pub mod base;
+pub mod http;
+pub mod image;
+pub mod kiln;
+pub mod lab;
+pub mod leftovers;
+pub mod plain;
+pub mod process;
+pub mod proxy;
+pub mod registry;

@@ -62,9 +62,6 @@ pub enum SlotLost {
     },
 }
 
-/// What arrived from a slot.
-pub type Event = Report;
-
 /// A running slot. Dropping it kills everything in it and deletes its job.
 #[derive(Debug)]
 pub struct Slot {

@@ -91,11 +91,19 @@ fn unpack(archive: Option<File>, limits: &crate::unpack::Limits) -> i32 {
     if let Err(error) = rewound {
         return complain(&format!("kiln: rewind the context archive: {error}"));
     }
-    match File::open("/job/ctx").map(|root| crate::unpack::unpack(archive, root.as_fd(), limits)) {
+    match File::open("/job/ctx").map(|root| unpack_into(archive, &root, limits)) {
         Ok(Ok(_)) => 0,
         Ok(Err(error)) => complain(&format!("{}: {error}", error.code())),
         Err(error) => complain(&format!("kiln: open the context directory: {error}")),
     }
+}
+
+fn unpack_into(
+    archive: File,
+    root: &File,
+    limits: &crate::unpack::Limits,
+) -> Result<crate::unpack::Summary, crate::unpack::UnpackError> {
+    crate::unpack::unpack(archive, root.as_fd(), crate::unpack::Modes::Verbatim, limits)
 }
 
 fn exec(argv: &[String], env: &[(String, String)], limits: SlotLimits) -> i32 {

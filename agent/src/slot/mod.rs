@@ -11,7 +11,9 @@
 //! Each process watches the one to its left, and the kernel kills a PID namespace with its PID 1: whoever
 //! dies first, nothing to its right survives.
 
+mod cgroup;
 mod handle;
+mod identity;
 mod init;
 mod network;
 mod outer;
@@ -21,8 +23,10 @@ mod shim;
 mod sys;
 pub mod wire;
 
-pub use handle::{Event, Slot, SlotFiles, SlotLost};
-pub(crate) use network::RESOLVER;
+pub use cgroup::{NoCgroup, delegated as delegated_cgroup};
+pub use handle::{Slot, SlotFiles, SlotLost};
+pub use identity::{Identity, IdentityError, REQUIRED_IDS, SYSTEM_USER, discover as discover_identity};
+pub(crate) use network::{RESOLVER, host_networks};
 
 /// First argument of the process image that serves as the shim.
 pub const SHIM_ARGUMENT: &str = "__slot";

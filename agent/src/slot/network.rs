@@ -108,6 +108,14 @@ fn last_line(stderr: &[u8]) -> String {
     String::from_utf8_lossy(stderr).lines().rfind(|l| !l.trim().is_empty()).unwrap_or_default().to_owned()
 }
 
+/// Every address of this host: a connection to one of them would end at the host itself.
+pub(crate) fn host_networks() -> nix::Result<Vec<Network>> {
+    let interfaces = nix::ifaddrs::getifaddrs()?;
+    let addresses = interfaces.filter_map(|i| Some(i.address?.as_sockaddr_in()?.ip()));
+    let foreign = addresses.filter(|a| !a.is_loopback());
+    Ok(foreign.map(|address| Network { address, prefix: 32 }).collect())
+}
+
 /// Brings the slot's loopback up. Every network namespace of ours starts with it.
 pub(super) fn loopback_up() -> Result<(), SetupError> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};

@@ -1,0 +1,110 @@
+//! What all builds of one process share (shell).
+
+use std::path::{Path, PathBuf};
+
+use crate::config::Config;
+use crate::plan;
+use crate::registry::{Credentials, Registry, RegistryConfig, RegistryConfigError};
+use crate::slot::{Identity, IdentityError};
+use crate::state::{State, StateError};
+use crate::version::Version;
+
+/// The agent of one process.
+#[derive(Debug)]
+pub struct Agent {
+    /// Settings.
+    pub config: Config,
+    /// The data directory.
+    pub state: State,
+    /// Ids of slots.
+    pub identity: Identity,
+    /// Version of the installed buildah.
+    pub buildah: Version,
+}
+
+/// This machine cannot run builds.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// No subordinate ids.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The data directory.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// buildah is missing.
+    #[error("cannot run {}", plan::BUILDAH)]
+    NoBuildah(#[source] std::io::Error),
+    /// buildah says something unexpected.
+    #[error("cannot tell the version of {}", plan::BUILDAH)]
+    UnknownVersion(#[from] crate::version::VersionError),
+    /// `build.ca` cannot be read.
+    #[error("read build.ca = {}", path.display())]
+    Ca {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The registries of the configuration contradict each other.
+    #[error(transparent)]
+    Registries(#[from] RegistryConfigError),
+    /// buildah is too old.
+    #[error("buildah {0} is too old: Kiln needs {oldest} or newer, because older ones go on after SIGTERM", oldest = plan::OLDEST_BUILDAH)]
+    OldBuildah(Version),
+}
+
+impl AgentError {
+    /// What a person can do about it.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::Identity(error) => error.hint().to_owned(),
+            Self::State(StateError::NoSpace { .. }) => "run `kiln prune`, or lower data.min_free".to_owned(),
+            Self::State(_) => "check the permissions of the data directory, or choose another with --data".to_owned(),
+            Self::Ca { .. } | Self::Registries(_) => "mend the configuration file".to_owned(),
+            Self::NoBuildah(_) | Self::UnknownVersion(_) | Self::OldBuildah(_) => {
+                "install buildah, then run `kiln doctor`".to_owned()
+            }
+        }
+    }
+}
+
+impl Agent {
+    /// Opens the data directory and looks at this machine.
+    pub fn open(config: Config, data: &Path) -> Result<Self, AgentError> {
+        let identity = crate::slot::discover_identity()?;
+        let buildah = buildah_version()?;
+        let state = State::open(data)?;
+        Ok(Self { config, state, identity, buildah })
+    }
+
+    /// A client for registries with the credentials of one build.
+    pub fn registry(&self, credentials: Credentials) -> Result<Registry, AgentError> {
+        let build = &self.config.build;
+        let config = RegistryConfig::new(self.config.registry.clone())?;
+        Ok(Registry::new(config, credentials, build.proxy.clone(), self.own_ca()?.into_iter().collect()))
+    }
+
+    /// The operator's certificates, `build.ca`.
+    pub fn own_ca(&self) -> Result<Option<Vec<u8>>, AgentError> {
+        let read = |path: &PathBuf| {
+            std::fs::read(path).map_err(|source| AgentError::Ca { path: path.clone(), source })
+        };
+        self.config.build.ca.as_ref().map(read).transpose()
+    }
+}
+
+/// Version of the installed buildah, if it is new enough.
+pub fn buildah_version() -> Result<Version, AgentError> {
+    let output = std::process::Command::new(plan::BUILDAH)
+        .arg("--version")
+        .env_clear()
+        .stdin(std::process::Stdio::null())
+        .output()
+        .map_err(AgentError::NoBuildah)?;
+    let version = Version::from_tool_output(&String::from_utf8_lossy(&output.stdout))?;
+    if version < plan::OLDEST_BUILDAH {
+        return Err(AgentError::OldBuildah(version));
+    }
+    Ok(version)
+}

@@ -1,0 +1,161 @@
+//! Why a step of buildah failed, from its own standard error (pure).
+//!
+//! RUN's output goes to another pipe, so a RUN that prints "503" is still a failed RUN. The texts are not
+//! a stable interface: the tests hold captured ones.
+
+use std::sync::LazyLock;
+
+use kiln_protocol::Reason;
+use regex::Regex;
+
+use crate::slot::wire::{Exit, StepEnd};
+
+/// What a failed step means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    /// The class.
+    pub reason: Reason,
+    /// One sentence for the user.
+    pub message: String,
+    /// Text of the instruction, as buildah names it.
+    pub step: Option<String>,
+    /// Exit code of the RUN command.
+    pub run_exit_code: Option<i32>,
+    /// What to do about it.
+    pub hint: Option<&'static str>,
+}
+
+/// SIGXFSZ: a file grew past `RLIMIT_FSIZE`. A shell reports it as 128 + 25.
+const FILE_SIZE_SIGNAL: i32 = 25;
+const SIGNAL_BASE: i32 = 128;
+/// SIGKILL, which nobody inside sent if the kernel ran out of memory.
+const KILL_SIGNAL: i32 = 9;
+
+struct Rule {
+    pattern: &'static str,
+    reason: Reason,
+    hint: Option<&'static str>,
+}
+
+/// First match wins. Matched against the cause, that is buildah's last error without the step's own text:
+/// the text of a RUN instruction is the user's.
+const RULES: &[Rule] = &[
+    Rule {
+        pattern: r"(?i)no space left on device|disk quota exceeded",
+        reason: Reason::DiskFull,
+        hint: Some("free space below the data directory: `kiln prune`"),
+    },
+    Rule {
+        pattern: r"(?i)file size limit exceeded|file too large",
+        reason: Reason::LimitExceeded,
+        hint: Some("raise build.limits.file_size"),
+    },
+    Rule {
+        pattern: r"(?i)cannot allocate memory|out of memory|signal: killed|exited on killed|Unable to determine exit status",
+        reason: Reason::OutOfMemory,
+        hint: Some("the kernel ended buildah; give the node more memory or run fewer builds at once"),
+    },
+    Rule {
+        pattern: r"(?i)(newuidmap|newgidmap|unshare\(CLONE_NEWUSER\)|backing file system is unsupported|not supported over|userxattr)",
+        reason: Reason::NodeUnfit,
+        hint: Some("run `kiln doctor`"),
+    },
+    Rule {
+        pattern: r"(?i)layer not known|identifier is not a (layer|container|image)|not found in layer tree|incomplete layer",
+        reason: Reason::StoreCorrupt,
+        hint: Some("`kiln prune --all` deletes the local stores; they are made again"),
+    },
+    Rule { pattern: r"(?i)image not known", reason: Reason::NotFound, hint: None },
+    Rule {
+        pattern: r"(?i)unknown instruction|dockerfile parse error|syntax error|unknown flag|missing instruction|bad mount option|invalid mount option|unsupported mount|target .* not found|failed to find.* stage|no FROM statement",
+        reason: Reason::BadRequest,
+        hint: None,
+    },
+    Rule {
+        pattern: r"(?i)no such file or directory|not a directory|no items matching|possible escaping context",
+        reason: Reason::NotFound,
+        hint: Some("check the path, and whether .dockerignore excludes it"),
+    },
+    Rule { pattern: r"(?i)secret .*(not found|required)|required secret", reason: Reason::BadRequest, hint: None },
+    Rule {
+        pattern: r"(?i)temporary failure in name resolution|server misbehaving|no such host|connection refused|connection reset|i/o timeout|network is unreachable|no route to host|TLS handshake timeout|unexpected EOF",
+        reason: Reason::Network,
+        hint: None,
+    },
+];
+
+static COMPILED: LazyLock<Vec<(Option<Regex>, &'static Rule)>> =
+    LazyLock::new(|| RULES.iter().map(|rule| (Regex::new(rule.pattern).ok(), rule)).collect());
+
+/// Classifies a step that did not end with code 0 and was neither stopped nor over a limit.
+pub fn classify(end: &StepEnd) -> Verdict {
+    let error = last_error(&end.stderr);
+    let (step, cause) = split_step(error);
+    let run = step.is_some_and(|s| s.trim_start().to_ascii_uppercase().starts_with("RUN"));
+    if run && let Some(code) = run_exit_code(cause) {
+        return run_failed(step, code);
+    }
+    let rule = COMPILED.iter().find(|(regex, _)| regex.as_ref().is_some_and(|r| r.is_match(cause)));
+    let (reason, hint) = match rule {
+        Some((_, rule)) => (rule.reason, rule.hint),
+        None if step.is_some() => (Reason::BuildFailed, None),
+        None => by_exit(end.exit),
+    };
+    let message = if cause.is_empty() { describe_exit(end.exit) } else { cause.to_owned() };
+    Verdict { reason, message, step: step.map(str::to_owned), run_exit_code: None, hint }
+}
+
+fn run_failed(step: Option<&str>, code: i32) -> Verdict {
+    let (reason, hint) = if code == SIGNAL_BASE + FILE_SIZE_SIGNAL {
+        (Reason::LimitExceeded, Some("raise build.limits.file_size"))
+    } else if code == SIGNAL_BASE + KILL_SIGNAL {
+        (Reason::BuildFailed, Some("something sent SIGKILL: if nothing in the step did, the node ran out of memory"))
+    } else {
+        (Reason::BuildFailed, None)
+    };
+    let message = format!("the command exited with code {code}");
+    Verdict { reason, message, step: step.map(str::to_owned), run_exit_code: Some(code), hint }
+}
+
+fn by_exit(exit: Exit) -> (Reason, Option<&'static str>) {
+    match exit {
+        Exit::Killed | Exit::Signal(KILL_SIGNAL) => {
+            (Reason::OutOfMemory, Some("something outside the build killed it, most likely for want of memory"))
+        }
+        Exit::Code(_) | Exit::Signal(_) => (Reason::Unknown, None),
+    }
+}
+
+fn describe_exit(exit: Exit) -> String {
+    match exit {
+        Exit::Code(code) => format!("buildah exited with code {code} and said nothing"),
+        Exit::Signal(signal) => format!("signal {signal} ended buildah"),
+        Exit::Killed => "the slot was killed from outside".to_owned(),
+    }
+}
+
+/// buildah prints `Error: …` last; the text may hold line feeds of the instruction.
+fn last_error(stderr: &str) -> &str {
+    let start = stderr.rfind("\nError: ").map(|at| at + 1).or_else(|| stderr.find("Error: "));
+    match start {
+        Some(at) => stderr[at..].trim_start_matches("Error: ").trim(),
+        None => stderr.trim(),
+    }
+}
+
+/// Splits `building at STEP "TEXT": CAUSE`. TEXT is the user's, so the split is at the last `": `.
+fn split_step(error: &str) -> (Option<&str>, &str) {
+    let Some(rest) = error.split_once("building at STEP \"").map(|(_, rest)| rest) else {
+        return (None, error);
+    };
+    match rest.rfind("\": ") {
+        Some(at) => (Some(&rest[..at]), &rest[at + 3..]),
+        None => (Some(rest), ""),
+    }
+}
+
+/// `exit status N` at the end of a cause, and nothing of buildah's own before it.
+fn run_exit_code(cause: &str) -> Option<i32> {
+    let code = cause.trim().strip_prefix("while running runtime: ").unwrap_or(cause.trim());
+    code.strip_prefix("exit status ")?.parse().ok()
+}

@@ -1,0 +1,331 @@
+//! Runs one build from its request to sealed bytes (shell).
+//!
+//! The order is fixed: plan, fetch, slot, unpack, build, export, seal. Every decision on the way belongs to
+//! a pure module; this one only does I/O in order and notes what it took.
+
+mod failure;
+mod image;
+mod log;
+mod prepare;
+
+use std::fs::File;
+use std::sync::Arc;
+use std::time::Instant;
+
+use kiln_protocol::request::BuildRequest;
+use kiln_protocol::result::{BuildResult, Failure, LogSummary, Phase, PhaseDuration};
+use kiln_protocol::{BuildId, Digest, Reason};
+use tokio::sync::mpsc;
+
+use crate::agent::Agent;
+use crate::bases::Base;
+use crate::caches::CacheLease;
+use crate::dockerfile::{BuildInput, Dockerfile};
+use crate::registry::{Credentials, ResolvedImage};
+use crate::seal::Sealed;
+use crate::slot::Slot;
+use crate::slot::wire::Step;
+use crate::state::Job;
+use crate::stop::{self, StopReason, StopSignal};
+
+pub use log::LAST_LINES;
+
+/// A value that RUN steps may mount and nobody may see.
+#[derive(Clone)]
+pub struct Secret {
+    /// Its name in the Dockerfile.
+    pub id: String,
+    /// Its bytes.
+    pub value: Vec<u8>,
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Secret({})", self.id)
+    }
+}
+
+/// What travels beside a request.
+#[derive(Debug)]
+pub struct BuildInputs {
+    /// The packed context.
+    pub archive: File,
+    /// Build secrets.
+    pub secrets: Vec<Secret>,
+    /// Registry credentials of this build.
+    pub credentials: Credentials,
+}
+
+/// What happens during a build, for people who watch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A phase began.
+    Phase(Phase),
+    /// A line of the log, redacted.
+    Line(String),
+    /// Something that the system says.
+    Note(String),
+}
+
+/// The end of a build. The sealed bytes live as long as this.
+#[derive(Debug)]
+pub struct Finished {
+    /// What the record keeps.
+    pub result: BuildResult,
+    /// The sealed image.
+    pub image: Option<Sealed>,
+    /// The sealed root filesystem, if it was asked for.
+    pub root_filesystem: Option<(Digest, u64)>,
+    /// Where the sealed bytes lie.
+    pub blobs: crate::blobs::BlobStore,
+    /// The end of the log.
+    pub last_lines: Vec<String>,
+    _job: Job,
+}
+
+/// Runs a build to its end. Never fails by itself: what goes wrong is in the result.
+pub async fn run(
+    agent: Arc<Agent>,
+    build: BuildId,
+    job: Job,
+    request: BuildRequest,
+    inputs: BuildInputs,
+    events: mpsc::Sender<Event>,
+    mut outside: StopSignal,
+) -> Result<Finished, crate::state::StateError> {
+    let (stopper, signal) = stop::channel();
+    let timeout = tokio::time::sleep(request.timeout);
+    let work = Run::start(agent, build, job, request, inputs, events, signal)?.to_the_end();
+    tokio::pin!(work, timeout);
+    let mut expired = false;
+    if let Some(stop) = outside.current() {
+        stopper.request(stop.reason);
+    }
+    loop {
+        tokio::select! {
+            finished = &mut work => return Ok(finished),
+            stop = outside.changed() => stopper.request(stop.reason),
+            () = &mut timeout, if !expired => {
+                expired = true;
+                stopper.request(StopReason::Timeout);
+            }
+        }
+    }
+}
+
+/// A build in progress.
+struct Run {
+    agent: Arc<Agent>,
+    build: BuildId,
+    job: Job,
+    request: BuildRequest,
+    inputs: BuildInputs,
+    events: mpsc::Sender<Event>,
+    stop: StopSignal,
+    blobs: crate::blobs::BlobStore,
+    phases: Vec<PhaseDuration>,
+    phase: Phase,
+    phase_began: Instant,
+}
+
+/// What the plan phase found out.
+struct Planned {
+    dockerfile: Dockerfile,
+    /// Base images in the order of the file.
+    references: Vec<crate::dockerfile::BaseReference>,
+    /// Build arguments that an older buildah must be told though they repeat defaults.
+    forced_args: std::collections::BTreeMap<String, String>,
+}
+
+/// A base image under the name that the Dockerfile uses.
+struct Named {
+    name: String,
+    base: Arc<Base>,
+}
+
+/// What a successful build leaves to seal.
+struct Built {
+    image: Sealed,
+    root_filesystem: Option<(Digest, u64)>,
+}
+
+type Attempt<T> = Result<T, Failure>;
+
+impl Run {
+    fn start(
+        agent: Arc<Agent>,
+        build: BuildId,
+        job: Job,
+        request: BuildRequest,
+        inputs: BuildInputs,
+        events: mpsc::Sender<Event>,
+        stop: StopSignal,
+    ) -> Result<Self, crate::state::StateError> {
+        let blobs = crate::blobs::BlobStore::open(&job.dir().join("blobs"))?;
+        let (phase, phase_began) = (Phase::Plan, Instant::now());
+        Ok(Self { agent, build, job, request, inputs, events, stop, blobs, phases: Vec::new(), phase, phase_began })
+    }
+
+    async fn to_the_end(mut self) -> Finished {
+        let log = log::start(&self);
+        let (outcome, log) = match log {
+            Ok((log, writer)) => {
+                let outcome = self.attempt(writer).await;
+                (outcome, log.finish().await)
+            }
+            Err(failure) => (Err(failure), log::Ended::nothing()),
+        };
+        self.close_phase();
+        let outcome = outcome.map_err(|failure| self.explain(failure, &log));
+        self.finished(outcome, log)
+    }
+
+    fn finished(self, outcome: Attempt<Built>, log: log::Ended) -> Finished {
+        let (outcome, image, root_filesystem) = match outcome {
+            Ok(built) => (Ok(built.image.image.clone()), Some(built.image), built.root_filesystem),
+            Err(failure) => (Err(failure), None, None),
+        };
+        let result = BuildResult { build_id: self.build, outcome, phases: self.phases, log: log.summary };
+        let last_lines = log.last_lines;
+        Finished { result, image, root_filesystem, blobs: self.blobs, last_lines, _job: self.job }
+    }
+
+    /// A stop decides the reason, whatever the interrupted step said.
+    fn explain(&self, failure: Failure, log: &log::Ended) -> Failure {
+        let Some(stop) = self.stop.current() else { return log.redact(failure) };
+        let message = match stop.reason {
+            StopReason::Timeout => {
+                format!("it took longer than {}", show_duration(self.request.timeout))
+            }
+            StopReason::ClientGone => "the client that waited for it is gone".to_owned(),
+            StopReason::Cancelled => "somebody asked for it to stop".to_owned(),
+        };
+        let hint = (stop.reason == StopReason::Timeout).then(|| "raise --timeout or build.timeout".to_owned());
+        Failure { reason: stop.reason.reason(), phase: failure.phase, message, location: None, hint, limit: None, run_exit_code: None }
+    }
+
+    async fn attempt(&mut self, log: std::os::fd::OwnedFd) -> Attempt<Built> {
+        let planned = self.plan()?;
+        self.enter(Phase::Fetch).await;
+        let bases = self.fetch(&planned).await?;
+        self.check_triggers(&bases)?;
+        self.enter(Phase::Slot).await;
+        let cache = self.cache(&planned, &bases)?;
+        let mut slot = self.open_slot(&bases, cache.as_ref(), log).await?;
+        let built = self.in_slot(&mut slot, &planned, &bases, cache).await;
+        let finished = slot.finish().await;
+        let built = built?;
+        finished.map_err(|e| self.lost(&e))?;
+        Ok(built)
+    }
+
+    async fn in_slot(
+        &mut self,
+        slot: &mut Slot,
+        planned: &Planned,
+        bases: &[Named],
+        cache: Option<CacheLease>,
+    ) -> Attempt<Built> {
+        self.enter(Phase::Unpack).await;
+        self.unpack(slot).await?;
+        self.enter(Phase::Build).await;
+        self.build(slot, planned, bases).await?;
+        self.enter(Phase::Export).await;
+        let image_id = self.export(slot, bases).await?;
+        self.enter(Phase::Seal).await;
+        let built = self.seal(&image_id, bases).await?;
+        if let Some(cache) = cache {
+            self.keep_cache(slot, cache).await;
+        }
+        Ok(built)
+    }
+
+    async fn keep_cache(&mut self, slot: &mut Slot, cache: CacheLease) {
+        let limit = self.agent.config.data.max_cache_bytes;
+        let promoted = cache.promote(&self.agent.state, slot, &mut self.stop, limit).await;
+        // The image is made: a lost cache costs time, not the build.
+        match promoted {
+            Ok(None) => {}
+            Ok(Some(note)) => self.note(note).await,
+            Err(error) => self.note(format!("the cache mounts were not kept: {}", chain(&error))).await,
+        }
+    }
+
+    async fn enter(&mut self, phase: Phase) {
+        self.close_phase();
+        self.phase = phase;
+        self.phase_began = Instant::now();
+        // A watcher that is gone does not end the build.
+        let _ = self.events.send(Event::Phase(phase)).await;
+    }
+
+    async fn note(&self, text: String) {
+        let _ = self.events.send(Event::Note(text)).await;
+    }
+
+    fn close_phase(&mut self) {
+        let milliseconds = crate::bases::millis(self.phase_began.elapsed());
+        self.phases.push(PhaseDuration { phase: self.phase, milliseconds });
+    }
+
+    async fn step(&mut self, slot: &mut Slot, step: Step) -> Attempt<crate::slot::wire::StepEnd> {
+        slot.run(step, &mut self.stop).await.map_err(|e| self.lost(&e))
+    }
+
+    /// A blocking part that cannot be interrupted but is bounded by the slot's disk limit.
+    async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Attempt<T> {
+        tokio::task::spawn_blocking(work).await.map_err(|e| self.fail(Reason::Unknown, e.to_string()))
+    }
+}
+
+/// The whole chain of an error in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+fn show_duration(duration: std::time::Duration) -> String {
+    jiff::SignedDuration::try_from(duration).map_or_else(|_| format!("{duration:?}"), |d| format!("{d:#}"))
+}
+
+/// The log of a build that printed nothing.
+fn empty_log() -> LogSummary {
+    use sha2::Digest as _;
+    let sha256 = Digest::from_sha256(sha2::Sha256::digest(b"").into());
+    LogSummary { lines: 0, bytes: 0, dropped_bytes: 0, sha256 }
+}
+
+/// What a name means in this build.
+struct Resolved {
+    name: String,
+    line: usize,
+    image: ResolvedImage,
+}
+
+/// What decides the meaning of a Dockerfile.
+pub fn build_input(request: &BuildRequest, buildah: crate::version::Version) -> BuildInput<'_> {
+    BuildInput {
+        build_args: &request.build_args,
+        target: request.target.as_deref(),
+        buildah,
+        architecture: architecture(),
+    }
+}
+
+/// This machine's architecture as images name it.
+pub const fn architecture() -> &'static str {
+    // Names of GOARCH, which images use, where Rust has other ones.
+    match std::env::consts::ARCH.as_bytes() {
+        b"x86_64" => "amd64",
+        b"aarch64" => "arm64",
+        b"x86" => "386",
+        b"powerpc64" => "ppc64le",
+        _ => std::env::consts::ARCH,
+    }
+}

@@ -1,0 +1,79 @@
+//! From what went wrong to what the user reads (pure).
+
+use kiln_protocol::Reason;
+use kiln_protocol::result::{Failure, LimitReport, Location};
+
+use super::{Run, chain};
+use crate::classify;
+use crate::dockerfile::{Dockerfile, DockerfileError};
+use crate::slot::SlotLost;
+use crate::slot::wire::{Breach, StepEnd};
+
+impl Run {
+    /// A failure of the present phase.
+    pub(super) fn fail(&self, reason: Reason, message: impl Into<String>) -> Failure {
+        Failure {
+            reason,
+            phase: self.phase,
+            message: message.into(),
+            location: None,
+            hint: None,
+            limit: None,
+            run_exit_code: None,
+        }
+    }
+
+    /// The slot was lost or could not be made.
+    pub(super) fn lost(&self, error: &SlotLost) -> Failure {
+        let reason = match error {
+            SlotLost::Setup(_) => Reason::NodeUnfit,
+            SlotLost::Gone { .. } | SlotLost::Stuck { .. } => Reason::Unknown,
+        };
+        let hint = match error {
+            SlotLost::Setup(setup) if setup.network => {
+                "run `kiln doctor`; --network=none builds without any network, --network=unsafe-host with the host's"
+            }
+            _ => "run `kiln doctor`",
+        };
+        Failure { hint: Some(hint.to_owned()), ..self.fail(reason, chain(error)) }
+    }
+
+    /// A Dockerfile that cannot be built.
+    pub(super) fn refused(&self, error: &DockerfileError) -> Failure {
+        let location = error.line().map(|line| self.location(line));
+        Failure { location, hint: error.hint(), ..self.fail(Reason::BadRequest, chain(error)) }
+    }
+
+    /// A line of the Dockerfile.
+    pub(super) fn location(&self, line: usize) -> Location {
+        let text = self.request.dockerfile.lines().nth(line.saturating_sub(1)).unwrap_or_default();
+        Location { line: u32::try_from(line).unwrap_or(u32::MAX), text: text.trim_end().to_owned() }
+    }
+
+    /// A step that buildah or Kiln ended with an error.
+    pub(super) fn step_failed(&self, end: &StepEnd, dockerfile: Option<&Dockerfile>) -> Failure {
+        if let Some(breach) = end.breach {
+            return self.over_limit(breach);
+        }
+        let verdict = classify::classify(end);
+        let instruction = verdict.step.as_deref().zip(dockerfile).and_then(|(text, file)| file.locate(text));
+        Failure {
+            location: instruction.map(|i| self.location(i.start_line)),
+            hint: verdict.hint.map(str::to_owned),
+            run_exit_code: verdict.run_exit_code,
+            ..self.fail(verdict.reason, verdict.message)
+        }
+    }
+
+    fn over_limit(&self, breach: Breach) -> Failure {
+        let limits = &self.agent.config.build.limits;
+        let (resource, limit, peak, key) = match breach {
+            Breach::Pids { peak } => ("pids", limits.pids, peak, "build.limits.pids"),
+            Breach::Disk { peak } => ("disk", limits.disk, peak, "build.limits.disk"),
+        };
+        let report = LimitReport { resource: resource.to_owned(), limit, peak, key: key.to_owned() };
+        let message = format!("{resource} limit of {limit} exceeded; the peak was {peak}");
+        let hint = Some(format!("raise {key} if the build needs it"));
+        Failure { hint, limit: Some(report), ..self.fail(Reason::LimitExceeded, message) }
+    }
+}

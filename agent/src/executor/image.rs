@@ -1,0 +1,156 @@
+//! Inside the slot: unpack, build, export; and sealing what came out (shell).
+
+use std::fs::File;
+use std::io::Read as _;
+use std::os::fd::AsFd as _;
+
+use kiln_protocol::result::Failure;
+use kiln_protocol::{Digest, Reason};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+
+use super::prepare::store_names;
+use super::{Attempt, Built, Named, Planned, Run, chain};
+use crate::plan::{self, PlanInput};
+use crate::seal::{self, BaseLayer, SealLimits, SealOptions};
+use crate::slot::Slot;
+use crate::slot::wire::{Exit, Step};
+
+/// `sha256:` and 64 characters; more is not an image id.
+const MAX_IMAGE_ID_BYTES: u64 = 128;
+
+impl Run {
+    pub(super) async fn unpack(&mut self, slot: &mut Slot) -> Attempt<()> {
+        let end = self.step(slot, Step::Unpack(self.agent.config.context.clone())).await?;
+        if end.exit == Exit::Code(0) {
+            return Ok(());
+        }
+        if end.breach.is_some() || !matches!(end.exit, Exit::Code(_)) {
+            return Err(self.step_failed(&end, None));
+        }
+        let message = end.stderr.trim().to_owned();
+        let reason = if message.contains("No space left") { Reason::DiskFull } else { Reason::ContextInvalid };
+        Err(self.fail(reason, message))
+    }
+
+    pub(super) async fn build(&mut self, slot: &mut Slot, planned: &Planned, bases: &[Named]) -> Attempt<()> {
+        let ids: Vec<String> = self.inputs.secrets.iter().map(|s| s.id.clone()).collect();
+        let ca_targets = self.ca_targets(bases);
+        let input = PlanInput {
+            request: &self.request,
+            buildah: self.agent.buildah,
+            forced_args: &planned.forced_args,
+            base_stores: store_names(bases).len(),
+            secret_ids: &ids,
+            ca_targets: &ca_targets,
+        };
+        let env = plan::environment(&self.proxy());
+        let end = self.step(slot, Step::Exec { argv: plan::build(&input), env, network: true }).await?;
+        if end.exit == Exit::Code(0) { Ok(()) } else { Err(self.step_failed(&end, Some(&planned.dockerfile))) }
+    }
+
+    /// Only files that a base image has: mounting over a missing one would leave a stub in the image.
+    fn ca_targets(&self, bases: &[Named]) -> Vec<String> {
+        if self.agent.config.build.ca.is_none() {
+            return Vec::new();
+        }
+        let mut targets: Vec<String> = bases.iter().flat_map(|n| n.base.record.ca_files.clone()).collect();
+        targets.sort();
+        targets.dedup();
+        targets
+    }
+
+    /// buildah hands these to RUN and keeps them out of config and history.
+    fn proxy(&self) -> Vec<(String, String)> {
+        let proxy = &self.agent.config.build.proxy;
+        let pairs = [("http_proxy", &proxy.http), ("https_proxy", &proxy.https), ("no_proxy", &proxy.no_proxy)];
+        let set = pairs.into_iter().filter_map(|(name, value)| Some((name, value.clone()?)));
+        set.flat_map(|(name, value)| [(name.to_owned(), value.clone()), (name.to_ascii_uppercase(), value)]).collect()
+    }
+
+    pub(super) async fn export(&mut self, slot: &mut Slot, bases: &[Named]) -> Attempt<Digest> {
+        let image_id = self.read_image_id()?;
+        let argv = plan::export(store_names(bases).len(), image_id.hex());
+        let step = Step::Exec { argv, env: plan::environment(&[]), network: false };
+        let end = self.step(slot, step).await?;
+        if end.exit == Exit::Code(0) { Ok(image_id) } else { Err(self.step_failed(&end, None)) }
+    }
+
+    fn read_image_id(&self) -> Attempt<Digest> {
+        let path = format!("{}{}", self.job_path(), plan::path::IMAGE_ID.trim_start_matches("/job"));
+        let store = self.store()?;
+        let text = read_small(&store, &path).map_err(|e| {
+            self.fail(Reason::CandidateCorrupt, format!("read the image id that buildah wrote: {e}"))
+        })?;
+        let parsed = text.trim().parse();
+        parsed.map_err(|e: kiln_protocol::digest::InvalidDigest| self.fail(Reason::CandidateCorrupt, e.to_string()))
+    }
+
+    fn job_path(&self) -> String {
+        format!("jobs/{}", self.job.name())
+    }
+
+    fn store(&self) -> Attempt<std::fs::File> {
+        self.agent.state.store().map_err(|e| self.fail(Reason::Unknown, chain(&e)))
+    }
+
+    pub(super) async fn seal(&mut self, image_id: &Digest, bases: &[Named]) -> Attempt<Built> {
+        let store = self.store()?;
+        let layers: Vec<_> = bases.iter().flat_map(|n| n.base.record.layers.clone()).collect();
+        self.share_layers(&layers)?;
+        let (blobs, stop) = (self.blobs.clone(), self.stop.clone());
+        let (export, files) = (format!("{}/export", self.job_path()), self.request.root_filesystem);
+        let (format, disk) = (self.request.format, self.agent.config.build.limits.disk);
+        let work = move || {
+            let should_stop = || stop.current().is_some();
+            let limits = SealLimits { total_bytes: disk, unpacked_bytes: disk, ..SealLimits::default() };
+            let options =
+                SealOptions { format, gzip_level: seal::DEFAULT_GZIP_LEVEL, limits, should_stop: &should_stop };
+            let layout = open_dir(&store, &format!("{export}/image"))?;
+            let image = seal::seal(layout.as_fd(), &layers, &blobs, &options)?;
+            let root = files.then(|| seal::seal_file(open_dir(&store, &export)?.as_fd(), "rootfs.tar", &blobs, &options));
+            Ok((image, root.transpose()?))
+        };
+        let sealed: Result<_, seal::SealError> = self.blocking(work).await?;
+        let (image, root_filesystem) = sealed.map_err(|e| self.not_sealed(&e))?;
+        if image.image.config_digest != *image_id {
+            return Err(self.fail(Reason::CandidateCorrupt, "the exported config is not the image that was built"));
+        }
+        Ok(Built { image, root_filesystem })
+    }
+
+    /// The job's own blobs vanish with it, also while another build uses the same base.
+    fn share_layers(&self, layers: &[BaseLayer]) -> Attempt<()> {
+        for layer in layers.iter().filter(|layer| !self.blobs.has(&layer.digest)) {
+            let from = self.agent.state.blobs().path(&layer.digest);
+            std::fs::hard_link(&from, self.blobs.path(&layer.digest))
+                .map_err(|e| self.fail(Reason::StoreCorrupt, format!("take over base layer {}: {e}", layer.digest)))?;
+        }
+        Ok(())
+    }
+
+    fn not_sealed(&self, error: &seal::SealError) -> Failure {
+        self.fail(error.reason(), chain(error))
+    }
+}
+
+/// Opens what a slot wrote below the store: no link is followed, and a FIFO cannot make us wait.
+fn open_below(store: &File, path: &str, flags: OFlags) -> std::io::Result<File> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    Ok(File::from(openat2(store, path, flags, Mode::empty(), resolve)?))
+}
+
+fn open_dir(store: &File, path: &str) -> Result<File, seal::SealError> {
+    open_below(store, path, OFlags::DIRECTORY)
+        .map_err(|source| seal::SealError::Open { name: path.to_owned(), source })
+}
+
+fn read_small(store: &File, path: &str) -> std::io::Result<String> {
+    let file = open_below(store, path, OFlags::empty())?;
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::other("not a regular file"));
+    }
+    let mut text = String::new();
+    file.take(MAX_IMAGE_ID_BYTES).read_to_string(&mut text)?;
+    Ok(text)
+}

@@ -1,0 +1,113 @@
+//! The log pipe of a build (shell).
+
+use std::io::{PipeReader, Read as _};
+use std::os::fd::OwnedFd;
+
+use kiln_protocol::Reason;
+use kiln_protocol::result::{Failure, LogSummary};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use super::{Attempt, Event, Run, chain};
+use crate::logs::redact::{Redactor, SecretValue};
+use crate::logs::spool::{Limits, Spool};
+use crate::logs::{LogPipeline, LogStream};
+
+/// Lines that a failure message repeats.
+pub const LAST_LINES: usize = 20;
+/// A line that a program leaves unfinished, a prompt or a progress bar, is shown after this.
+const QUIET: Timespec = Timespec { tv_sec: 0, tv_nsec: 300_000_000 };
+const BUFFER_BYTES: usize = 64 * 1024;
+
+/// A log that is being written.
+pub(super) struct Log {
+    reader: JoinHandle<(LogSummary, Vec<String>)>,
+    redactor: Redactor,
+}
+
+/// A log that was written.
+pub(super) struct Ended {
+    pub(super) summary: LogSummary,
+    pub(super) last_lines: Vec<String>,
+    redactor: Option<Redactor>,
+}
+
+impl Ended {
+    /// The log of a build that never came to print.
+    pub(super) fn nothing() -> Self {
+        Self { summary: super::empty_log(), last_lines: Vec::new(), redactor: None }
+    }
+
+    /// A message may quote an instruction, and that a build argument.
+    pub(super) fn redact(&self, mut failure: Failure) -> Failure {
+        if let Some(redactor) = &self.redactor {
+            failure.message = redactor.redact_text(&failure.message);
+        }
+        failure
+    }
+}
+
+/// Starts reading; the writer goes to the slot.
+pub(super) fn start(run: &Run) -> Attempt<(Log, OwnedFd)> {
+    let secrets = run.inputs.secrets.iter();
+    let secrets = secrets.map(|s| SecretValue { name: s.id.clone(), bytes: s.value.clone() });
+    let redactor = Redactor::new(secrets).map_err(|e| run.fail(Reason::BadRequest, chain(&e)))?;
+    let (reader, writer) =
+        crate::bases::log_pipe(&run.job).map_err(|e| run.fail(Reason::Unknown, chain(&e)))?;
+    let limits = Limits::with_cap(run.agent.config.logs.max_bytes);
+    let spool = Spool::create(&run.agent.state.log_path(run.build), limits)
+        .map_err(|e| run.fail(Reason::DiskFull, chain(&e)))?;
+    let events = run.events.clone();
+    let ours = redactor.fresh();
+    let reader = tokio::task::spawn_blocking(move || read(reader, &redactor, spool, &events));
+    Ok((Log { reader, redactor: ours }, writer))
+}
+
+impl Log {
+    /// Waits for the last byte: every writer is gone once the slot is.
+    pub(super) async fn finish(self) -> Ended {
+        let (summary, last_lines) =
+            self.reader.await.unwrap_or_else(|_| (super::empty_log(), Vec::new()));
+        Ended { summary, last_lines, redactor: Some(self.redactor) }
+    }
+}
+
+fn read(
+    mut pipe: PipeReader,
+    redactor: &Redactor,
+    spool: Spool,
+    events: &mpsc::Sender<Event>,
+) -> (LogSummary, Vec<String>) {
+    let observer = |line: &crate::logs::LogLine<'_>| {
+        // Fails only when nobody watches any more; the spool has the line.
+        let _ = events.blocking_send(Event::Line(line.text.clone().into_owned()));
+    };
+    let mut pipeline = LogPipeline::new(redactor, spool, observer);
+    let mut buffer = vec![0; BUFFER_BYTES];
+    loop {
+        if pipeline.pending() && quiet(&pipe) {
+            pipeline.flush();
+        }
+        match pipe.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => pipeline.push(LogStream::Run, &buffer[..count]),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                tracing::error!(%error, "the log pipe broke; the rest of the log is lost");
+                break;
+            }
+        }
+    }
+    let (report, last_lines) = pipeline.finish(LAST_LINES);
+    if let Some(fault) = &report.fault {
+        // The build goes on without its log, and the watcher is told.
+        let _ = events.blocking_send(Event::Note(format!("the log is incomplete: {}", chain(fault))));
+    }
+    (report.summary, last_lines)
+}
+
+fn quiet(pipe: &PipeReader) -> bool {
+    let mut fds = [PollFd::new(pipe, PollFlags::IN)];
+    matches!(poll(&mut fds, Some(&QUIET)), Ok(0))
+}

@@ -1,0 +1,185 @@
+//! Deleting what killed predecessors left, and what exceeds the disk mark (shell).
+//!
+//! Files of slots belong to subordinate uids, so a slot without steps deletes them.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::SystemTime;
+
+use kiln_protocol::request::NetworkMode;
+use kiln_protocol::{BuildId, Digest};
+
+use crate::agent::Agent;
+use crate::bases::{self, BaseRecord, Bases};
+use crate::caches;
+use crate::slot::wire::{Command, SlotSpec};
+use crate::slot::{Slot, SlotFiles, SlotLost};
+use crate::state::{StateError, open_lock, try_lock};
+
+/// Something could not be deleted.
+#[derive(Debug, thiserror::Error)]
+pub enum HousekeepingError {
+    /// The data directory.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The slot that deletes.
+    #[error(transparent)]
+    Slot(#[from] SlotLost),
+    /// What the slot said.
+    #[error("delete what slots left: {0}")]
+    Remove(String),
+    /// A blob.
+    #[error(transparent)]
+    Blob(#[from] crate::blobs::BlobError),
+}
+
+/// What was deleted.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Pruned {
+    /// Base images.
+    pub bases: usize,
+    /// Generations of cache mounts.
+    pub cache_generations: usize,
+    /// Logs.
+    pub logs: usize,
+    /// Bytes of blobs.
+    pub blob_bytes: u64,
+}
+
+/// Deletes the jobs of dead processes. Returns how many there were.
+pub async fn reclaim(agent: &Agent) -> Result<usize, HousekeepingError> {
+    let abandoned = agent.state.abandoned_jobs()?;
+    if abandoned.is_empty() {
+        return Ok(0);
+    }
+    let paths = abandoned.iter().map(|job| format!("jobs/{}", job.name())).collect();
+    remove(agent, paths).await?;
+    for job in &abandoned {
+        let layout = agent.state.path(&format!("store/in/{}", job.name()));
+        if layout.exists() {
+            std::fs::remove_dir_all(&layout).map_err(|e| StateError::io("delete", &layout, e))?;
+        }
+    }
+    Ok(abandoned.len())
+}
+
+/// Deletes directories below the store.
+async fn remove(agent: &Agent, paths: Vec<String>) -> Result<(), HousekeepingError> {
+    let job = agent.state.create_job(&BuildId::generate().to_string())?;
+    let (_reader, writer) = bases::log_pipe(&job)?;
+    let files = SlotFiles {
+        store: agent.state.store()?,
+        lock: job.lock().map_err(|e| StateError::io("lock", job.dir(), e))?,
+        archive: None,
+        log: writer,
+    };
+    let spec = SlotSpec {
+        job: job.name().to_owned(),
+        ids: agent.identity.ids,
+        drop_to: agent.identity.drop_to,
+        network: NetworkMode::None,
+        blocked: Vec::new(),
+        allowed: None,
+        stores: Vec::new(),
+        cache: None,
+        input: None,
+        files: Vec::new(),
+        limits: agent.config.build.limits.slot(),
+        grace_ms: bases::millis(agent.config.build.grace),
+    };
+    let mut slot = Slot::start(&spec, files).await?;
+    let removed = slot.change_store(Command::Remove(paths)).await;
+    slot.finish().await?;
+    removed?.map_err(HousekeepingError::Remove)
+}
+
+/// Deletes old logs, unused cache generations, and base images: all that nothing uses, or as many of the
+/// least recently used ones as bring the data directory below `data.max_bytes`.
+pub async fn prune(agent: &Agent, all: bool) -> Result<Pruned, HousekeepingError> {
+    let mut pruned = Pruned { logs: old_logs(agent, all)?, ..Pruned::default() };
+    if all {
+        caches::forget_all(&agent.state)?;
+    }
+    let mut paths = caches::unused_generations(&agent.state)?;
+    pruned.cache_generations = paths.len();
+    let doomed = doomed_bases(agent, all)?;
+    pruned.bases = doomed.len();
+    paths.extend(doomed.iter().map(|base| bases::store_name(&base.record.manifest)));
+    if !paths.is_empty() {
+        remove(agent, paths).await?;
+    }
+    drop(doomed);
+    pruned.blob_bytes = unreferenced_blobs(agent)?;
+    Ok(pruned)
+}
+
+/// A base that nobody uses; the lock keeps it so.
+struct Doomed {
+    record: BaseRecord,
+    _lock: std::fs::File,
+}
+
+fn doomed_bases(agent: &Agent, all: bool) -> Result<Vec<Doomed>, HousekeepingError> {
+    let store = Bases { state: &agent.state, config: &agent.config, identity: agent.identity };
+    let mut records = records(agent);
+    records.sort_by_key(|(used, _)| *used);
+    // Compressed blobs and unpacked files: three times the blobs is what images take on average.
+    let size = |r: &BaseRecord| r.layers.iter().map(|l| l.size).sum::<u64>() * 3;
+    let mut total: u64 = records.iter().map(|(_, r)| size(r)).sum();
+    let mut doomed = Vec::new();
+    for (_, record) in records {
+        if !all && total <= agent.config.data.max_bytes {
+            break;
+        }
+        let lock = open_lock(&store.lock_path(&record.manifest))?;
+        if !matches!(try_lock(&lock), Ok(Some(()))) {
+            continue;
+        }
+        // Without its record a store does not count as published.
+        let path = store.record_path(&record.manifest);
+        std::fs::remove_file(&path).map_err(|e| StateError::io("delete", &path, e))?;
+        total -= size(&record);
+        doomed.push(Doomed { record, _lock: lock });
+    }
+    Ok(doomed)
+}
+
+fn records(agent: &Agent) -> Vec<(SystemTime, BaseRecord)> {
+    let files = list(&agent.state.path("bases"), ".json");
+    let read = files.into_iter().filter_map(|path| {
+        let used = path.metadata().and_then(|m| m.modified()).ok()?;
+        let record = serde_json::from_slice(&std::fs::read(&path).ok()?).ok()?;
+        Some((used, record))
+    });
+    read.collect()
+}
+
+fn unreferenced_blobs(agent: &Agent) -> Result<u64, HousekeepingError> {
+    // Blobs of a fetch that is going on have no record yet: only a quiet data directory is swept.
+    if list(&agent.state.path("jobs"), "").iter().any(|path| path.is_dir()) {
+        return Ok(0);
+    }
+    let mut kept: BTreeSet<Digest> = BTreeSet::new();
+    for (_, record) in records(agent) {
+        kept.extend([record.manifest, record.config]);
+        kept.extend(record.layers.into_iter().map(|l| l.digest));
+    }
+    Ok(agent.state.blobs().retain(|digest| kept.contains(digest))?)
+}
+
+fn old_logs(agent: &Agent, all: bool) -> Result<usize, HousekeepingError> {
+    let mut logs = list(&agent.state.path("logs"), ".log");
+    // Build ids sort by time.
+    logs.sort();
+    let keep = if all { 0 } else { agent.config.logs.keep };
+    let old = logs.len().saturating_sub(keep);
+    for path in logs.iter().take(old) {
+        std::fs::remove_file(path).map_err(|e| StateError::io("delete", path, e))?;
+    }
+    Ok(old)
+}
+
+fn list(dir: &Path, suffix: &str) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|e| e.path()).filter(|p| p.to_string_lossy().ends_with(suffix)).collect()
+}

@@ -1,0 +1,154 @@
+//! From a build to the argv of buildah (pure).
+//!
+//! Only flags that the oldest supported buildah (1.26) has are used, unless a newer one needs another.
+//! Every value is passed as `--flag=value`, and `--` precedes the context, so no value can become a flag.
+
+use std::collections::BTreeMap;
+
+use kiln_protocol::request::{BuildRequest, ImageFormat};
+
+use crate::version::Version;
+
+/// Older versions leave the inner build running after SIGTERM, which may even finish and tag.
+pub const OLDEST_BUILDAH: Version = Version { major: 1, minor: 26, patch: 0 };
+/// Where the distribution puts it; slots see only system directories.
+pub const BUILDAH: &str = "/usr/bin/buildah";
+
+/// Paths inside a slot. `slot/root.rs` mounts them.
+pub mod path {
+    /// The unpacked context.
+    pub const CONTEXT: &str = "/job/ctx";
+    /// The Dockerfile under a neutral name: a `*.in` one would go through the C preprocessor.
+    pub const DOCKERFILE: &str = "/etc/kiln/Dockerfile";
+    /// The context is already filtered, with Docker's rules.
+    pub const NO_IGNORE: &str = "/etc/kiln/no-ignore";
+    /// Image id of the finished build.
+    pub const IMAGE_ID: &str = "/job/run/image-id";
+    /// The exported image.
+    pub const LAYOUT: &str = "/job/export/image";
+    /// The exported root filesystem.
+    pub const ROOT_FILESYSTEM: &str = "/job/export/rootfs.tar";
+    /// Names under which the Dockerfile finds its base images.
+    pub const NAMES: &str = "/n";
+    /// Build secrets, one file each.
+    pub const SECRETS: &str = "/secrets";
+    /// Certificates for RUN.
+    pub const CA_BUNDLE: &str = "/etc/kiln/ca.pem";
+    /// The standard output of whoever opens it: the agent's log pipe.
+    pub const LOG: &str = "/proc/self/fd/1";
+}
+
+/// What the argv depends on besides the request.
+#[derive(Debug, Clone, Copy)]
+pub struct PlanInput<'a> {
+    /// What the client asked for.
+    pub request: &'a BuildRequest,
+    /// The buildah of this node.
+    pub buildah: Version,
+    /// Arguments that buildah must be told besides the user's.
+    pub forced_args: &'a BTreeMap<String, String>,
+    /// Number of base stores mounted at `/b/0` ….
+    pub base_stores: usize,
+    /// Ids of the secrets that were given.
+    pub secret_ids: &'a [String],
+    /// Files of RUN's root that show the operator's CA bundle.
+    pub ca_targets: &'a [String],
+}
+
+/// Options that every call of one job shares.
+fn common(base_stores: usize, names: bool) -> Vec<String> {
+    let mut argv = vec![
+        BUILDAH.to_owned(),
+        "--storage-driver=overlay".to_owned(),
+        "--root=/job/root".to_owned(),
+        "--runroot=/job/run/containers".to_owned(),
+    ];
+    if names {
+        argv.push(format!("--storage-opt=overlay.imagestore={}", path::NAMES));
+    }
+    argv.extend((0..base_stores).map(|index| format!("--storage-opt=overlay.imagestore=/b/{index}")));
+    argv
+}
+
+/// `buildah build`.
+pub fn build(input: &PlanInput<'_>) -> Vec<String> {
+    let mut argv = common(input.base_stores, true);
+    argv.extend(
+        [
+            "build",
+            "--isolation=chroot",
+            // A process with CAP_SYS_CHROOT leaves a chroot; CAP_MKNOD serves nobody in a user namespace.
+            "--cap-drop=CAP_SYS_CHROOT",
+            "--cap-drop=CAP_MKNOD",
+            "--pull=never",
+            "--layers=false",
+            "--jobs=1",
+        ]
+        .map(str::to_owned),
+    );
+    argv.push(format!("--format={}", format_name(input.request.format)));
+    argv.push(format!("--logfile={}", path::LOG));
+    argv.push(format!("--iidfile={}", path::IMAGE_ID));
+    argv.push(format!("--ignorefile={}", path::NO_IGNORE));
+    argv.push(format!("--file={}", path::DOCKERFILE));
+    argv.extend(request_flags(input));
+    argv.push("--".to_owned());
+    argv.push(path::CONTEXT.to_owned());
+    argv
+}
+
+fn request_flags(input: &PlanInput<'_>) -> Vec<String> {
+    let request = input.request;
+    let mut argv = Vec::new();
+    argv.extend(request.target.iter().map(|target| format!("--target={target}")));
+    argv.extend(request.timestamp.iter().map(|seconds| format!("--timestamp={seconds}")));
+    let build_args = input.forced_args.iter().chain(&request.build_args);
+    argv.extend(build_args.map(|(name, value)| format!("--build-arg={name}={value}")));
+    argv.extend(request.labels.iter().map(|(name, value)| format!("--label={name}={value}")));
+    argv.extend(input.secret_ids.iter().map(|id| format!("--secret=id={id},src={}/{id}", path::SECRETS)));
+    argv.extend(input.ca_targets.iter().map(|target| format!("--volume={}:{target}:ro", path::CA_BUNDLE)));
+    if request.root_filesystem {
+        argv.push(format!("--output=type=tar,dest={}", path::ROOT_FILESYSTEM));
+    }
+    argv
+}
+
+/// `buildah push` into a directory, layers uncompressed: the agent compresses the new ones while it
+/// verifies them, and takes base layers from its own blobs.
+pub fn export(base_stores: usize, image_id: &str) -> Vec<String> {
+    let mut argv = common(base_stores, true);
+    argv.extend(["push".to_owned(), "--quiet".to_owned(), "--disable-compression".to_owned()]);
+    argv.push(image_id.to_owned());
+    argv.push(format!("dir:{}", path::LAYOUT));
+    argv
+}
+
+/// `buildah pull` of the fetched layout at `/in` into an empty store.
+pub fn import() -> Vec<String> {
+    let mut argv = common(0, false);
+    argv.extend(["pull".to_owned(), "--quiet".to_owned(), "dir:/in".to_owned()]);
+    argv
+}
+
+/// The environment of every call. Nothing of the agent's own is passed on.
+pub fn environment(proxy: &[(String, String)]) -> Vec<(String, String)> {
+    let fixed = [
+        ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+        ("LANG", "C.UTF-8"),
+        ("HOME", "/job/home"),
+        ("TMPDIR", "/job/tmp"),
+        ("XDG_RUNTIME_DIR", "/job/xdg"),
+        ("CONTAINERS_CONF", "/etc/containers/containers.conf"),
+        ("CONTAINERS_REGISTRIES_CONF", "/etc/containers/registries.conf"),
+        ("CONTAINERS_STORAGE_CONF", "/etc/containers/storage.conf"),
+    ];
+    fixed.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).chain(proxy.iter().cloned()).collect()
+}
+
+/// buildah's name of a format.
+pub const fn format_name(format: ImageFormat) -> &'static str {
+    match format {
+        ImageFormat::Docker => "docker",
+        ImageFormat::Oci => "oci",
+    }
+}

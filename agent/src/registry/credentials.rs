@@ -1,0 +1,136 @@
+//! Registry credentials of one build, found by the longest matching name (pure).
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use super::config::DOCKER_HUB;
+
+/// Names under which tools have stored Docker Hub credentials over the years.
+const DOCKER_HUB_ALIASES: [&str; 2] = ["index.docker.io", "registry-1.docker.io"];
+
+/// What proves who pulls.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Credential {
+    /// Sent to the registry, or to the token service that the registry names.
+    Password {
+        /// The account.
+        username: String,
+        /// Its password or access token.
+        password: String,
+    },
+    /// An OAuth refresh token, sent to the token service only.
+    IdentityToken(String),
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Password { .. } => "Password(redacted)",
+            Self::IdentityToken(_) => "IdentityToken(redacted)",
+        })
+    }
+}
+
+/// Credentials by `host[:port][/path]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Credentials {
+    by_key: BTreeMap<String, Credential>,
+}
+
+impl Credentials {
+    /// Adds one, unless the same name has one already. Names may be written as in any of the usual
+    /// credential files.
+    pub fn insert(&mut self, key: &str, credential: Credential) {
+        self.by_key.entry(normalise_key(key)).or_insert(credential);
+    }
+
+    /// The credential with the longest name that `host[:port]/repository` starts with.
+    pub fn lookup(&self, name: &str) -> Option<&Credential> {
+        let mut prefix = name;
+        loop {
+            if let Some(credential) = self.by_key.get(prefix) {
+                return Some(credential);
+            }
+            prefix = prefix.rsplit_once('/')?.0;
+        }
+    }
+
+    /// Whether nothing was added.
+    pub fn is_empty(&self) -> bool {
+        self.by_key.is_empty()
+    }
+
+    /// The secret values, for the redaction of logs.
+    pub fn secrets(&self) -> impl Iterator<Item = &str> {
+        self.by_key.values().map(|credential| match credential {
+            Credential::Password { password, .. } => password.as_str(),
+            Credential::IdentityToken(token) => token.as_str(),
+        })
+    }
+}
+
+/// The one spelling of a credential key. Old files hold URLs such as `https://index.docker.io/v1/`, whose
+/// path says nothing about repositories.
+pub fn normalise_key(key: &str) -> String {
+    let name = match key.split_once("://") {
+        Some((_, rest)) => rest.split('/').next().unwrap_or_default(),
+        None => key.trim_end_matches('/'),
+    };
+    let (host, path) = name.split_at(name.find('/').unwrap_or(name.len()));
+    let host = host.to_ascii_lowercase();
+    // `docker.io/v1` was written by tools that stripped only the scheme.
+    let path = if matches!(path, "/v1" | "/v2") { "" } else { path };
+    if DOCKER_HUB_ALIASES.contains(&host.as_str()) { format!("{DOCKER_HUB}{path}") } else { host + path }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn password(text: &str) -> Credential {
+        Credential::Password { username: "user".into(), password: text.into() }
+    }
+
+    #[test]
+    fn every_spelling_of_docker_hub_is_one() {
+        for key in [
+            "docker.io",
+            "index.docker.io",
+            "https://index.docker.io/v1/",
+            "Docker.io/",
+            "index.docker.io/v1",
+        ] {
+            assert_eq!(normalise_key(key), "docker.io", "{key}");
+        }
+        assert_eq!(normalise_key("https://reg.corp:5000/v2/"), "reg.corp:5000");
+        assert_eq!(normalise_key("reg.corp/team/"), "reg.corp/team");
+    }
+
+    #[test]
+    fn the_longest_name_wins_at_component_borders() {
+        let mut credentials = Credentials::default();
+        credentials.insert("reg.corp", password("host"));
+        credentials.insert("reg.corp/team", password("team"));
+        credentials.insert("reg.corp/team/app", password("app"));
+        credentials.insert("reg.corp/team/app", password("later entries do not replace"));
+        for (name, expected) in [
+            ("reg.corp/team/app", "app"),
+            ("reg.corp/team/application", "team"),
+            ("reg.corp/teams/app", "host"),
+            ("reg.corp/x", "host"),
+        ] {
+            assert_eq!(credentials.lookup(name), Some(&password(expected)), "{name}");
+        }
+        assert_eq!(credentials.lookup("reg.corp:5000/x"), None);
+        assert_eq!(credentials.lookup("evil-reg.corp/x"), None);
+    }
+
+    #[test]
+    fn debug_output_holds_no_secret() {
+        let mut credentials = Credentials::default();
+        credentials.insert("a", password("hunter2"));
+        credentials.insert("b", Credential::IdentityToken("hunter2".into()));
+        assert!(!format!("{credentials:?}").contains("hunter2"));
+        assert_eq!(credentials.secrets().count(), 2);
+    }
+}

@@ -1,0 +1,14 @@
+#!/bin/sh
+# Every test of the workspace. Arguments go to the test runner.
+set -eu
+cd "$(dirname "$0")/.."
+# The suites run this binary; built once here, not looked for by every test process.
+cargo build --locked --package=kiln --bin=kiln
+target=$(cargo metadata --format-version=1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+KILN_BIN=$target/debug/kiln
+export KILN_BIN
+if cargo nextest --version >/dev/null 2>&1; then
+    cargo nextest run --workspace --locked --no-fail-fast "$@"
+else
+    cargo test --workspace --locked --no-fail-fast "$@"
+fi

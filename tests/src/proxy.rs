@@ -1,0 +1,215 @@
+//! A proxy between a client and a server that misbehaves on request (shell).
+//!
+//! It speaks just enough HTTP to give every request a connection of its own, so that faults can be aimed at
+//! paths and counted.
+
+use std::io::{BufReader, ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::http::Head;
+
+/// How long a connection waits for its client or server before it looks whether the proxy has ended.
+const PERIOD: Duration = Duration::from_millis(20);
+
+/// What happens to a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Answered by the proxy with this status.
+    Status(u16),
+    /// Forwarded after a pause.
+    Delay(Duration),
+    /// The answer arrives at this many bytes per second.
+    Throttle(u64),
+    /// The connection ends after this many bytes of the answer.
+    CutAfter(u64),
+    /// Nothing is ever answered, and the connection stays open.
+    BlackHole,
+    /// The request arrives at the server, its answer never at the client.
+    DropAnswers,
+}
+
+#[derive(Debug)]
+struct Rule {
+    path: String,
+    times: usize,
+    fault: Fault,
+}
+
+#[derive(Debug)]
+struct Shared {
+    upstream: SocketAddr,
+    rules: Mutex<Vec<Rule>>,
+    requests: Mutex<Vec<Head>>,
+    over: AtomicBool,
+}
+
+/// A running proxy.
+#[derive(Debug)]
+pub struct FaultProxy {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl FaultProxy {
+    /// A proxy that forwards everything until told otherwise.
+    pub fn start(upstream: SocketAddr) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let (rules, requests) = (Mutex::default(), Mutex::default());
+        let shared = Arc::new(Shared { upstream, rules, requests, over: AtomicBool::new(false) });
+        let theirs = Arc::clone(&shared);
+        let body = move || accept(&listener, &theirs);
+        let thread = std::thread::Builder::new().name("proxy".to_owned()).spawn(body).unwrap();
+        Self { address, shared, thread: Some(thread) }
+    }
+
+    /// Where it listens.
+    pub fn host(&self) -> String {
+        self.address.to_string()
+    }
+
+    /// Lets the next `times` requests whose path contains `path` meet a fault. Earlier rules come first.
+    pub fn fault(&self, path: &str, times: usize, fault: Fault) -> &Self {
+        self.shared.rules.lock().unwrap().push(Rule { path: path.to_owned(), times, fault });
+        self
+    }
+
+    /// Every request so far.
+    pub fn requests(&self) -> Vec<Head> {
+        self.shared.requests.lock().unwrap().clone()
+    }
+
+    /// How many requests so far have a first line that contains `text`.
+    pub fn count(&self, text: &str) -> usize {
+        self.requests().iter().filter(|head| head.first().contains(text)).count()
+    }
+}
+
+impl Drop for FaultProxy {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::Release);
+        // Wakes the thread that accepts.
+        let _ = TcpStream::connect(self.address);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn accept(listener: &TcpListener, shared: &Shared) {
+    std::thread::scope(|scope| {
+        while let Ok((client, _)) = listener.accept() {
+            if shared.over.load(Ordering::Acquire) {
+                return;
+            }
+            scope.spawn(move || serve(&client, shared));
+        }
+    });
+}
+
+/// A connection that breaks is a fault like any other: there is nobody to tell.
+fn serve(client: &TcpStream, shared: &Shared) {
+    if client.set_read_timeout(Some(PERIOD)).is_err() {
+        return;
+    }
+    let mut reader = BufReader::new(Patient { stream: client, over: &shared.over });
+    let Some(head) = Head::read(&mut reader) else { return };
+    let fault = shared.next_fault(head.first());
+    shared.requests.lock().unwrap().push(head.clone());
+    let _ = match fault {
+        Some(Fault::Status(code)) => refuse(client, code),
+        Some(Fault::BlackHole) => swallow(&mut reader),
+        Some(Fault::Delay(pause)) => {
+            shared.pause(pause);
+            forward(&head, client, shared, None)
+        }
+        other => forward(&head, client, shared, other),
+    };
+    let _ = client.shutdown(Shutdown::Both);
+}
+
+impl Shared {
+    fn next_fault(&self, line: &str) -> Option<Fault> {
+        let mut rules = self.rules.lock().unwrap();
+        let rule = rules.iter_mut().find(|rule| rule.times > 0 && line.contains(&rule.path))?;
+        rule.times -= 1;
+        Some(rule.fault)
+    }
+
+    fn pause(&self, length: Duration) {
+        crate::process::eventually(length, || self.over.load(Ordering::Acquire));
+    }
+}
+
+/// Reads until something comes or the proxy ends.
+struct Patient<'a> {
+    stream: &'a TcpStream,
+    over: &'a AtomicBool,
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let mut stream = self.stream;
+        loop {
+            match stream.read(buffer) {
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    if self.over.load(Ordering::Acquire) {
+                        return Ok(0);
+                    }
+                }
+                other => return other,
+            }
+        }
+    }
+}
+
+fn refuse(mut client: &TcpStream, code: u16) -> std::io::Result<()> {
+    let answer = format!("HTTP/1.1 {code} Fault\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    client.write_all(answer.as_bytes())
+}
+
+fn swallow(reader: &mut impl Read) -> std::io::Result<()> {
+    std::io::copy(reader, &mut std::io::sink()).map(drop)
+}
+
+/// Only requests without a body: pulling has no others.
+fn forward(head: &Head, client: &TcpStream, shared: &Shared, fault: Option<Fault>) -> std::io::Result<()> {
+    let mut server = TcpStream::connect(shared.upstream)?;
+    server.set_read_timeout(Some(PERIOD))?;
+    let lines = head.lines.iter().filter(|line| !line.to_ascii_lowercase().starts_with("connection:"));
+    let lines: Vec<&str> = lines.map(String::as_str).chain(["Connection: close", "", ""]).collect();
+    server.write_all(lines.join("\r\n").as_bytes())?;
+    let mut answer = Patient { stream: &server, over: &shared.over };
+    match fault {
+        Some(Fault::DropAnswers) => {
+            std::io::copy(&mut answer, &mut std::io::sink())?;
+            swallow(&mut Patient { stream: client, over: &shared.over })
+        }
+        Some(Fault::CutAfter(bytes)) => std::io::copy(&mut answer.take(bytes), &mut { client }).map(drop),
+        Some(Fault::Throttle(rate)) => throttle(&mut answer, client, rate, shared),
+        _ => std::io::copy(&mut answer, &mut { client }).map(drop),
+    }
+}
+
+fn throttle(
+    answer: &mut impl Read,
+    mut client: &TcpStream,
+    rate: u64,
+    shared: &Shared,
+) -> std::io::Result<()> {
+    // Ten portions a second.
+    let mut portion = vec![0; usize::try_from(rate / 10).unwrap_or(1).max(1)];
+    loop {
+        let count = answer.read(&mut portion)?;
+        if count == 0 {
+            return Ok(());
+        }
+        client.write_all(&portion[..count])?;
+        shared.pause(Duration::from_millis(100));
+    }
+}
