@@ -419,7 +419,7 @@ pub fn container_files() -> Vec<SlotFile> {
     vec![
         file("/etc/containers/policy.json", r#"{"default":[{"type":"insecureAcceptAnything"}]}"#),
         file("/etc/containers/registries.conf", "unqualified-search-registries = [\"docker.io\"]\n"),
-        file("/etc/containers/storage.conf", "[storage]\ndriver = \"overlay\"\n"),
+        file("/etc/containers/storage.conf", "[storage]\ndriver = \"overlay\"\nrunroot = \"/job/run/containers\"\ngraphroot = \"/job/root\"\n"),
         file("/etc/containers/containers.conf", ""),
         file("/etc/passwd", "root:x:0:0:root:/job/home:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"),
         file("/etc/group", "root:x:0:\nnogroup:x:65534:\n"),

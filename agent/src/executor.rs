@@ -161,7 +161,7 @@ impl Run {
         events: mpsc::Sender<Event>,
         stop: StopSignal,
     ) -> Result<Self, crate::state::StateError> {
-        let blobs = crate::blobs::BlobStore::open(&job.dir().join("blobs"))?;
+        let blobs = crate::blobs::BlobStore::open(job.dir())?;
         let (phase, phase_began) = (Phase::Plan, Instant::now());
         Ok(Self { agent, build, job, request, inputs, events, stop, blobs, phases: Vec::new(), phase, phase_began })
     }

@@ -26,7 +26,7 @@ use kiln_protocol::BuildId;
 use crate::blobs::BlobStore;
 
 /// The agent's own directories.
-const PRIVATE: [&str; 5] = ["bases", "caches", "jobs", "logs", "blobs"];
+const PRIVATE: [&str; 4] = ["bases", "caches", "jobs", "logs"];
 /// Directories that slots write to under subordinate uids.
 const SHARED: [&str; 6] = ["store", "store/mnt", "store/jobs", "store/base", "store/cache", "store/in"];
 
@@ -84,7 +84,7 @@ impl State {
         for name in SHARED {
             make_dir(&root.join(name), 0o777)?;
         }
-        let blobs = BlobStore::open(&root.join("blobs"))?;
+        let blobs = BlobStore::open(&root)?;
         Ok(Self { root, blobs })
     }
 

@@ -99,8 +99,11 @@ impl Run {
         }
         let registry = self.agent.registry(self.inputs.credentials.clone());
         let registry = registry.map_err(|e| self.fail(Reason::NodeUnfit, chain(&e)))?;
-        let mut bases = Vec::new();
+        let mut bases: Vec<Named> = Vec::new();
         for reference in &planned.references {
+            if bases.iter().any(|named| named.name == reference.lookup) {
+                continue;
+            }
             let resolved = self.resolve(&registry, reference).await?;
             bases.push(self.make_available(&registry, resolved).await?);
         }

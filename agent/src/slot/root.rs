@@ -33,7 +33,9 @@ const STORE: &str = "..";
 pub(super) fn enter(spec: &SlotSpec) -> Setup {
     mount_flags(None, "/", None, MsFlags::MS_REC | MsFlags::MS_PRIVATE)?;
     make_job_directory(spec)?;
-    mount_flags(Some("tmpfs"), "mnt", Some(("tmpfs", ROOT_SIZE)), MsFlags::MS_NOSUID | MsFlags::MS_NODEV)?;
+    // Without nodev and nosuid: they would be locked, and buildah remounts its copy of /dev without nodev. A
+    // file system of a user namespace has no working device nodes anyway.
+    mount_flags(Some("tmpfs"), "mnt", Some(("tmpfs", ROOT_SIZE)), MsFlags::empty())?;
     chdir("mnt").map_err(|e| SetupError::new("enter the new root", e))?;
     make_tree()?;
     system_directories()?;
@@ -43,7 +45,9 @@ pub(super) fn enter(spec: &SlotSpec) -> Setup {
     for file in &spec.files {
         write_file(file)?;
     }
-    pivot()
+    writable_directories()?;
+    pivot()?;
+    sys::make_only_this_read_only(c"/").map_err(|e| SetupError::new("make the root read-only", e))
 }
 
 fn make_job_directory(spec: &SlotSpec) -> Setup {
@@ -57,12 +61,23 @@ fn make_job_directory(spec: &SlotSpec) -> Setup {
     Ok(())
 }
 
+/// What programs write outside of the job directory. The rest of the root is read-only, so that a step
+/// cannot leave something there for the next one.
+fn writable_directories() -> Setup {
+    mount_flags(Some("tmpfs"), "run", Some(("tmpfs", "size=16m,mode=0755")), MsFlags::empty())?;
+    make_dir("run/lock")?;
+    for dir in ["var/lib", "var/cache"] {
+        mount_flags(Some("tmpfs"), dir, Some(("tmpfs", "size=16m,mode=0755")), MsFlags::empty())?;
+    }
+    Ok(())
+}
+
 fn make_tree() -> Setup {
     for dir in ["dev", "proc", "sys", "job", "in", "b", "etc", "etc/containers", "etc/kiln", "run", "tmp", "var", "old"]
     {
         make_dir(dir)?;
     }
-    for dir in ["dev/shm", "var/tmp", "var/lib", "var/cache", "root", "run/secrets", "run/lock"] {
+    for dir in ["dev/shm", "var/tmp", "var/lib", "var/cache", "root"] {
         make_dir(dir)?;
     }
     Ok(())

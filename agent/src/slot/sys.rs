@@ -34,8 +34,17 @@ pub(super) fn clone_process(flags: CloneFlags) -> nix::Result<Side> {
 }
 
 /// Makes a mount and everything below it read-only. Unlike a remount it keeps the flags that are locked.
-#[expect(unsafe_code, reason = "mount_setattr has no wrapper in nix")]
 pub(super) fn make_read_only(path: &CStr) -> nix::Result<()> {
+    set_read_only(path, libc::AT_RECURSIVE)
+}
+
+/// Makes one mount read-only; those below it stay as they are.
+pub(super) fn make_only_this_read_only(path: &CStr) -> nix::Result<()> {
+    set_read_only(path, 0)
+}
+
+#[expect(unsafe_code, reason = "mount_setattr has no wrapper in nix")]
+fn set_read_only(path: &CStr, flags: libc::c_int) -> nix::Result<()> {
     #[repr(C)]
     struct MountAttributes {
         set: u64,
@@ -51,7 +60,7 @@ pub(super) fn make_read_only(path: &CStr) -> nix::Result<()> {
             libc::SYS_mount_setattr,
             libc::AT_FDCWD,
             path.as_ptr(),
-            libc::AT_RECURSIVE,
+            flags,
             &raw const attributes,
             size_of::<MountAttributes>(),
         )
