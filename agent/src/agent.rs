@@ -60,7 +60,9 @@ impl AgentError {
         match self {
             Self::Identity(error) => error.hint().to_owned(),
             Self::State(StateError::NoSpace { .. }) => "run `kiln prune`, or lower data.min_free".to_owned(),
-            Self::State(_) => "check the permissions of the data directory, or choose another with --data".to_owned(),
+            Self::State(_) => {
+                "check the permissions of the data directory, or choose another with --data".to_owned()
+            }
             Self::Ca { .. } | Self::Registries(_) => "mend the configuration file".to_owned(),
             Self::NoBuildah(_) | Self::UnknownVersion(_) | Self::OldBuildah(_) => {
                 "install buildah, then run `kiln doctor`".to_owned()

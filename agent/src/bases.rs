@@ -227,8 +227,9 @@ impl Bases<'_> {
         if end.exit != Exit::Code(0) {
             return Err(BaseError::Import { digest: digest.clone(), end: Box::new(end) });
         }
-        let said = String::from_utf8_lossy(&drain(log).map_err(|e| StateError::io("read", &PathBuf::new(), e))?)
-            .into_owned();
+        let said =
+            String::from_utf8_lossy(&drain(log).map_err(|e| StateError::io("read", &PathBuf::new(), e))?)
+                .into_owned();
         self.record(image, &said)
     }
 
@@ -399,7 +400,8 @@ pub fn names_index(names: &[(String, &BaseRecord)]) -> Vec<SlotFile> {
         })
         .collect();
     let dir = plan::path::NAMES;
-    let file = |path: &str, contents: Vec<u8>| SlotFile { path: format!("{dir}/{path}"), contents, mode: 0o644 };
+    let file =
+        |path: &str, contents: Vec<u8>| SlotFile { path: format!("{dir}/{path}"), contents, mode: 0o644 };
     vec![
         file("overlay-images/images.json", Value::Array(images).to_string().into_bytes()),
         file("overlay-images/images.lock", Vec::new()),
@@ -419,7 +421,10 @@ pub fn container_files() -> Vec<SlotFile> {
     vec![
         file("/etc/containers/policy.json", r#"{"default":[{"type":"insecureAcceptAnything"}]}"#),
         file("/etc/containers/registries.conf", "unqualified-search-registries = [\"docker.io\"]\n"),
-        file("/etc/containers/storage.conf", "[storage]\ndriver = \"overlay\"\nrunroot = \"/job/run/containers\"\ngraphroot = \"/job/root\"\n"),
+        file(
+            "/etc/containers/storage.conf",
+            "[storage]\ndriver = \"overlay\"\nrunroot = \"/job/run/containers\"\ngraphroot = \"/job/root\"\n",
+        ),
         file("/etc/containers/containers.conf", ""),
         file("/etc/passwd", "root:x:0:0:root:/job/home:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"),
         file("/etc/group", "root:x:0:\nnogroup:x:65534:\n"),

@@ -69,12 +69,16 @@ impl CacheLease {
         let from = if flatten { copy_content(slot, stop).await? } else { "cache/upper" };
         let _guard = lock_head(state, &self.key)?;
         if read_head(state, &self.key) != self.head {
-            return Ok(Some("another build renewed the cache mounts meanwhile; its content is kept".to_owned()));
+            return Ok(Some(
+                "another build renewed the cache mounts meanwhile; its content is kept".to_owned(),
+            ));
         }
         let number = self.head.next;
         let to = generation(&self.key, number);
         make_parent(state, &self.key)?;
-        slot.change_store(Command::Promote { from: from.to_owned(), to }).await?.map_err(PromoteError::Rename)?;
+        slot.change_store(Command::Promote { from: from.to_owned(), to })
+            .await?
+            .map_err(PromoteError::Rename)?;
         let mut chain = vec![number];
         chain.extend(self.head.chain.iter().filter(|_| !flatten));
         write_head(state, &self.key, &Head { chain, next: number + 1 })?;

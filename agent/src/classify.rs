@@ -76,7 +76,11 @@ const RULES: &[Rule] = &[
         reason: Reason::NotFound,
         hint: Some("check the path, and whether .dockerignore excludes it"),
     },
-    Rule { pattern: r"(?i)secret .*(not found|required)|required secret", reason: Reason::BadRequest, hint: None },
+    Rule {
+        pattern: r"(?i)secret .*(not found|required)|required secret",
+        reason: Reason::BadRequest,
+        hint: None,
+    },
     Rule {
         pattern: r"(?i)temporary failure in name resolution|server misbehaving|no such host|connection refused|connection reset|i/o timeout|network is unreachable|no route to host|TLS handshake timeout|unexpected EOF",
         reason: Reason::Network,
@@ -109,7 +113,10 @@ fn run_failed(step: Option<&str>, code: i32) -> Verdict {
     let (reason, hint) = if code == SIGNAL_BASE + FILE_SIZE_SIGNAL {
         (Reason::LimitExceeded, Some("raise build.limits.file_size"))
     } else if code == SIGNAL_BASE + KILL_SIGNAL {
-        (Reason::BuildFailed, Some("something sent SIGKILL: if nothing in the step did, the node ran out of memory"))
+        (
+            Reason::BuildFailed,
+            Some("something sent SIGKILL: if nothing in the step did, the node ran out of memory"),
+        )
     } else {
         (Reason::BuildFailed, None)
     };
@@ -119,9 +126,10 @@ fn run_failed(step: Option<&str>, code: i32) -> Verdict {
 
 fn by_exit(exit: Exit) -> (Reason, Option<&'static str>) {
     match exit {
-        Exit::Killed | Exit::Signal(KILL_SIGNAL) => {
-            (Reason::OutOfMemory, Some("something outside the build killed it, most likely for want of memory"))
-        }
+        Exit::Killed | Exit::Signal(KILL_SIGNAL) => (
+            Reason::OutOfMemory,
+            Some("something outside the build killed it, most likely for want of memory"),
+        ),
         Exit::Code(_) | Exit::Signal(_) => (Reason::Unknown, None),
     }
 }

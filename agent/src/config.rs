@@ -111,7 +111,7 @@ const GIB: u64 = 1024 * MIB;
 impl Default for BuildConfig {
     fn default() -> Self {
         Self {
-            timeout: Duration::from_mins(60),
+            timeout: Duration::from_hours(1),
             grace: Duration::from_secs(10),
             network: NetworkMode::Isolated,
             ca: None,
@@ -148,6 +148,8 @@ impl LimitConfig {
             disk_bytes: self.disk,
             file_bytes: self.file_size,
             open_files: self.open_files,
+            memory_bytes: self.memory,
+            cpus: self.cpus,
         }
     }
 }
@@ -296,7 +298,7 @@ mod tests {
     #[test]
     fn an_empty_file_is_the_default() {
         let config = parse("").unwrap();
-        assert_eq!(config.build.timeout, Duration::from_secs(3600));
+        assert_eq!(config.build.timeout, Duration::from_hours(1));
         assert_eq!(config.build.network, NetworkMode::Isolated);
         assert_eq!(config.network.allow, None);
     }
@@ -304,7 +306,7 @@ mod tests {
     #[test]
     fn values_have_units() {
         let config = parse("[build]\ntimeout = \"1h30m\"\n[build.limits]\ndisk = \"20GiB\"\n").unwrap();
-        assert_eq!(config.build.timeout, Duration::from_secs(5400));
+        assert_eq!(config.build.timeout, Duration::from_mins(90));
         assert_eq!(config.build.limits.disk, 20 * GIB);
         let config = parse("[network]\nallow = [\"10.1.2.3/8\", \"192.0.2.7\"]\n").unwrap();
         let allow = config.network.allow.unwrap();

@@ -44,7 +44,12 @@ impl Finding {
         Self { name, standing: Standing::Good, found: found.into(), remedy: None }
     }
 
-    fn bad(name: &'static str, standing: Standing, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+    fn bad(
+        name: &'static str,
+        standing: Standing,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
         Self { name, standing, found: found.into(), remedy: Some(remedy.into()) }
     }
 }
@@ -53,10 +58,8 @@ const SETUP: &str = "run `kiln doctor --print-setup`, read the script, then run 
 
 /// Looks at everything that a sealed build needs.
 pub async fn examine(config: Config, data: &Path) -> Vec<Finding> {
-    let mut findings = vec![
-        tool("newuidmap", "apt-get install uidmap"),
-        tool("newgidmap", "apt-get install uidmap"),
-    ];
+    let mut findings =
+        vec![tool("newuidmap", "apt-get install uidmap"), tool("newgidmap", "apt-get install uidmap")];
     match Agent::open(config, data) {
         Ok(agent) => {
             findings.push(identity(&agent));
@@ -139,7 +142,11 @@ async fn network(agent: &Agent) -> Finding {
         Ok(_) => Finding::good(name, "slirp4netns, host and link-local addresses closed"),
         Err(error) => {
             let tun = Path::new("/dev/net/tun").metadata().is_ok_and(|m| m.file_type().is_char_device());
-            let remedy = if tun { "make /dev/net/tun accessible: chmod 666 /dev/net/tun" } else { "load the tun module" };
+            let remedy = if tun {
+                "make /dev/net/tun accessible: chmod 666 /dev/net/tun"
+            } else {
+                "load the tun module"
+            };
             let remedy = format!("{remedy}; until then --network=none works");
             Finding::bad(name, Standing::Limited, chain(&error), remedy)
         }
@@ -176,7 +183,8 @@ async fn try_slot(agent: &Agent, network: NetworkMode, script: &str) -> Result<E
     let mut slot = Slot::start(&spec, files).await?;
     let argv = ["/bin/sh", "-c", script].map(str::to_owned).to_vec();
     let (_stopper, mut stop) = stop::channel();
-    let end = slot.run(Step::Exec { argv, env: crate::plan::environment(&[]), network: false }, &mut stop).await;
+    let end =
+        slot.run(Step::Exec { argv, env: crate::plan::environment(&[]), network: false }, &mut stop).await;
     slot.finish().await?;
     Ok(end?.exit)
 }
@@ -197,10 +205,16 @@ fn memory(agent: &Agent) -> Finding {
     match crate::slot::delegated_cgroup() {
         Ok(path) => match agent.config.build.limits.memory {
             Some(bytes) => Finding::good(name, format!("{bytes} bytes (cgroup v2 at {})", path.display())),
-            None => Finding::bad(name, Standing::Limited, "cgroup v2 is delegated, no limit is set", "set build.limits.memory"),
+            None => Finding::bad(
+                name,
+                Standing::Limited,
+                "cgroup v2 is delegated, no limit is set",
+                "set build.limits.memory",
+            ),
         },
         Err(why) => {
-            let remedy = "start kiln in a delegated cgroup: systemd-run --user --scope -p Delegate=yes kiln …";
+            let remedy =
+                "start kiln in a delegated cgroup: systemd-run --user --scope -p Delegate=yes kiln …";
             Finding::bad(name, Standing::Limited, why.to_string(), remedy)
         }
     }

@@ -95,7 +95,7 @@ pub async fn run(
 ) -> Result<Finished, crate::state::StateError> {
     let (stopper, signal) = stop::channel();
     let timeout = tokio::time::sleep(request.timeout);
-    let work = Run::start(agent, build, job, request, inputs, events, signal)?.to_the_end();
+    let work = Run::start(agent, build, job, request, inputs, events, signal)?.run_to_its_end();
     tokio::pin!(work, timeout);
     let mut expired = false;
     if let Some(stop) = outside.current() {
@@ -133,6 +133,8 @@ struct Planned {
     dockerfile: Dockerfile,
     /// Base images in the order of the file.
     references: Vec<crate::dockerfile::BaseReference>,
+    /// The stage to build, as buildah names it.
+    target: Option<String>,
     /// Build arguments that an older buildah must be told though they repeat defaults.
     forced_args: std::collections::BTreeMap<String, String>,
 }
@@ -163,10 +165,22 @@ impl Run {
     ) -> Result<Self, crate::state::StateError> {
         let blobs = crate::blobs::BlobStore::open(job.dir())?;
         let (phase, phase_began) = (Phase::Plan, Instant::now());
-        Ok(Self { agent, build, job, request, inputs, events, stop, blobs, phases: Vec::new(), phase, phase_began })
+        Ok(Self {
+            agent,
+            build,
+            job,
+            request,
+            inputs,
+            events,
+            stop,
+            blobs,
+            phases: Vec::new(),
+            phase,
+            phase_began,
+        })
     }
 
-    async fn to_the_end(mut self) -> Finished {
+    async fn run_to_its_end(mut self) -> Finished {
         let log = log::start(&self);
         let (outcome, log) = match log {
             Ok((log, writer)) => {
@@ -200,8 +214,17 @@ impl Run {
             StopReason::ClientGone => "the client that waited for it is gone".to_owned(),
             StopReason::Cancelled => "somebody asked for it to stop".to_owned(),
         };
-        let hint = (stop.reason == StopReason::Timeout).then(|| "raise --timeout or build.timeout".to_owned());
-        Failure { reason: stop.reason.reason(), phase: failure.phase, message, location: None, hint, limit: None, run_exit_code: None }
+        let hint =
+            (stop.reason == StopReason::Timeout).then(|| "raise --timeout or build.timeout".to_owned());
+        Failure {
+            reason: stop.reason.reason(),
+            phase: failure.phase,
+            message,
+            location: None,
+            hint,
+            limit: None,
+            run_exit_code: None,
+        }
     }
 
     async fn attempt(&mut self, log: std::os::fd::OwnedFd) -> Attempt<Built> {

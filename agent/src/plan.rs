@@ -45,6 +45,8 @@ pub struct PlanInput<'a> {
     pub request: &'a BuildRequest,
     /// The buildah of this node.
     pub buildah: Version,
+    /// The stage to build, as buildah names it.
+    pub target: Option<&'a str>,
     /// Arguments that buildah must be told besides the user's.
     pub forced_args: &'a BTreeMap<String, String>,
     /// Number of base stores mounted at `/b/0` ….
@@ -100,7 +102,7 @@ pub fn build(input: &PlanInput<'_>) -> Vec<String> {
 fn request_flags(input: &PlanInput<'_>) -> Vec<String> {
     let request = input.request;
     let mut argv = Vec::new();
-    argv.extend(request.target.iter().map(|target| format!("--target={target}")));
+    argv.extend(input.target.iter().map(|target| format!("--target={target}")));
     argv.extend(request.timestamp.iter().map(|seconds| format!("--timestamp={seconds}")));
     let build_args = input.forced_args.iter().chain(&request.build_args);
     argv.extend(build_args.map(|(name, value)| format!("--build-arg={name}={value}")));

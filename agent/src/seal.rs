@@ -22,8 +22,8 @@ use kiln_protocol::result::SealedImage;
 use crate::blobs::BlobStore;
 pub(crate) use decoder::decoder;
 pub use error::SealError;
-pub use file::seal_file;
 pub(crate) use error::is_disk_full;
+pub use file::seal_file;
 use manifest::{Compression, Descriptor, Manifest};
 pub(crate) use store::blob_io_error;
 

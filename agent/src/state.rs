@@ -116,7 +116,8 @@ impl State {
 
     /// Bytes that an ordinary user can still write.
     pub fn free_bytes(&self) -> Result<u64, StateError> {
-        let stat = rustix::fs::statvfs(&self.root).map_err(|e| StateError::io("inspect", &self.root, e.into()))?;
+        let stat =
+            rustix::fs::statvfs(&self.root).map_err(|e| StateError::io("inspect", &self.root, e.into()))?;
         Ok(stat.f_bavail * stat.f_frsize)
     }
 
@@ -215,7 +216,8 @@ fn make_dir(path: &Path, mode: u32) -> Result<(), StateError> {
 }
 
 fn set_mode(path: &Path, mode: u32) -> Result<(), StateError> {
-    std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(|e| StateError::io("set the mode of", path, e))
+    std::fs::set_permissions(path, Permissions::from_mode(mode))
+        .map_err(|e| StateError::io("set the mode of", path, e))
 }
 
 #[cfg(test)]

@@ -32,15 +32,16 @@ pub(crate) enum Command {
 /// Where settings and state are.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Places {
-    /// Configuration file [default: $XDG_CONFIG_HOME/kiln/config.toml, then /etc/kiln/config.toml]
+    /// Configuration file [default: $`XDG_CONFIG_HOME/kiln/config.toml`, then /etc/kiln/config.toml]
     #[arg(long, value_name = "FILE", env = "KILN_CONFIG")]
     pub(crate) config: Option<PathBuf>,
-    /// Data directory [default: $XDG_STATE_HOME/kiln]
+    /// Data directory [default: $`XDG_STATE_HOME/kiln`]
     #[arg(long, value_name = "DIR", env = "KILN_DATA")]
     pub(crate) data: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub(crate) struct BuildArgs {
     /// Directory with the files that COPY and ADD may use
     pub(crate) context: PathBuf,
@@ -78,7 +79,7 @@ pub(crate) struct BuildArgs {
     /// type=local,dest=DIR, type=tar,dest=FILE
     #[arg(short, long, value_name = "OUTPUT")]
     pub(crate) output: Vec<String>,
-    /// Registry credentials [default: $REGISTRY_AUTH_FILE, containers/auth.json, ~/.docker/config.json]
+    /// Registry credentials [default: $`REGISTRY_AUTH_FILE`, containers/auth.json, ~/.docker/config.json]
     #[arg(long, value_name = "FILE")]
     pub(crate) authfile: Option<PathBuf>,
     /// The build ends after this long [default: build.timeout, 60m]
@@ -138,7 +139,7 @@ pub(crate) struct DoctorArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct PruneArgs {
-    /// Delete everything that no running build uses, not only what exceeds data.max_bytes
+    /// Delete everything that no running build uses, not only what exceeds `data.max_bytes`
     #[arg(long)]
     pub(crate) all: bool,
     #[command(flatten)]
@@ -195,9 +196,18 @@ pub(crate) enum Progress {
 
 /// Flags of `docker build` that Kiln refuses, with what to do instead.
 const REFUSED: &[(&str, &str)] = &[
-    ("-t", "publishing to registries comes with the next release; write the image with -o docker-archive:FILE"),
-    ("--tag", "publishing to registries comes with the next release; write the image with -o docker-archive:FILE"),
-    ("--push", "publishing to registries comes with the next release; write the image with -o oci-archive:FILE"),
+    (
+        "-t",
+        "publishing to registries comes with the next release; write the image with -o docker-archive:FILE",
+    ),
+    (
+        "--tag",
+        "publishing to registries comes with the next release; write the image with -o docker-archive:FILE",
+    ),
+    (
+        "--push",
+        "publishing to registries comes with the next release; write the image with -o oci-archive:FILE",
+    ),
     ("--load", "Kiln has no daemon to load into; use -o docker-archive:FILE, then `docker load -i FILE`"),
     ("--ssh", "no agent socket reaches a sealed slot; give a deploy key with --secret id=NAME,src=FILE"),
     ("--cache-from", "there is no layer cache yet; RUN --mount=type=cache keeps content between builds"),

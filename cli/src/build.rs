@@ -17,9 +17,9 @@ use kiln_agent::state::Job;
 use kiln_agent::stop::{self, StopSignal};
 use kiln_agent::unpack::{self, Limits};
 use kiln_agent::{housekeeping, logs::display};
-use kiln_protocol::{BuildId, Reason};
 use kiln_protocol::request::{BuildRequest, ImageFormat};
 use kiln_protocol::result::Failure;
+use kiln_protocol::{BuildId, Reason};
 use tokio::sync::mpsc;
 
 use crate::app::Exit;
@@ -69,6 +69,10 @@ fn plan(mut args: BuildArgs) -> Result<Plan, Exit> {
     let environment = |name: &str| std::env::var(name).ok();
     let outputs = args.output.iter().map(|text| OutputSpec::parse(text));
     let outputs = outputs.collect::<Result<Vec<_>, _>>().map_err(|e| Exit::usage(chain(&e)))?;
+    for spec in &outputs {
+        output::preflight(spec).map_err(|e| output_failed(&e))?;
+    }
+    let stdout_taken = outputs.iter().any(OutputSpec::uses_stdout);
     let secrets = inputs::secrets(&args.secret, environment)?;
     let source = dockerfile::read(&args.context, args.file.as_deref())?;
     let request = BuildRequest {
@@ -83,7 +87,7 @@ fn plan(mut args: BuildArgs) -> Result<Plan, Exit> {
         timeout: args.timeout.unwrap_or(config.build.timeout),
         root_filesystem: outputs.iter().any(OutputSpec::wants_root_filesystem),
     };
-    let printer = Printer::new(args.progress);
+    let printer = Printer::new(args.progress, stdout_taken);
     Ok(Plan { args, config, data, source, request, outputs, secrets, printer })
 }
 
@@ -91,8 +95,10 @@ fn plan(mut args: BuildArgs) -> Result<Plan, Exit> {
 fn check_platform(platform: Option<&str>) -> Result<(), Exit> {
     let ours = format!("linux/{}", executor::architecture());
     match platform {
-        Some(wanted) if wanted != ours => Err(Exit::usage(format!("--platform {wanted}: this node builds {ours}"))
-            .with_hint("run the build on a node of that platform")),
+        Some(wanted) if wanted != ours => {
+            Err(Exit::usage(format!("--platform {wanted}: this node builds {ours}"))
+                .with_hint("run the build on a node of that platform"))
+        }
         _ => Ok(()),
     }
 }
@@ -124,10 +130,13 @@ async fn execute(plan: Plan, mut stop: StopSignal) -> Result<u8, Exit> {
     };
     let (events, receiver) = mpsc::channel(EVENT_BUFFER);
     let Prepared { build, job, inputs } = prepared;
+    let signal = stop.clone();
     let work = executor::run(Arc::clone(&agent), build, job, plan.request.clone(), inputs, events, stop);
     let (finished, ()) = tokio::join!(work, print(&plan.printer, receiver));
     let finished = finished.map_err(|e| Exit::system(chain(&e)))?;
-    conclude(&plan, &agent, &finished)
+    // On a thread of its own, so that a signal can stop the writing.
+    let concluding = tokio::task::spawn_blocking(move || conclude(&plan, &agent, &finished, &signal));
+    concluding.await.map_err(|e| Exit::system(format!("write the outputs: {e}")))?
 }
 
 async fn print(printer: &Printer, mut events: mpsc::Receiver<Event>) {
@@ -197,7 +206,8 @@ fn pack_into(
     let failed = |e: std::io::Error| Exit::system(format!("{}: {e}", path.display()));
     let file = File::options().read(true).write(true).create_new(true).open(path).map_err(failed)?;
     let mut out = std::io::BufWriter::with_capacity(256 * 1024, &file);
-    let packed = context::pack(context, &ignore, &mut out).map_err(|e| Exit { code: 1, ..Exit::usage(chain(&e)) })?;
+    let packed =
+        context::pack(context, &ignore, &mut out).map_err(|e| Exit { code: 1, ..Exit::usage(chain(&e)) })?;
     out.flush().map_err(failed)?;
     drop(out);
     Ok((file, packed))
@@ -222,10 +232,11 @@ fn registry_names(plan: &Plan, agent: &Agent) -> Vec<String> {
     endpoints.flatten().map(|endpoint| endpoint.credential_key()).collect()
 }
 
-fn conclude(plan: &Plan, agent: &Agent, finished: &Finished) -> Result<u8, Exit> {
+fn conclude(plan: &Plan, agent: &Agent, finished: &Finished, stop: &StopSignal) -> Result<u8, Exit> {
+    let should_stop = || stop.current().is_some();
     match (&finished.result.outcome, &finished.image) {
         (Ok(image), Some(sealed)) => {
-            let written = write_outputs(plan, agent, finished, sealed)?;
+            let written = write_outputs(plan, agent, finished, sealed, &should_stop)?;
             plan.printer.success(image, &finished.result, &written);
             Ok(0)
         }
@@ -240,24 +251,30 @@ fn failed(plan: &Plan, agent: &Agent, finished: &Finished, failure: &Failure) ->
     failure.reason.exit_code()
 }
 
-fn write_outputs(plan: &Plan, agent: &Agent, finished: &Finished, sealed: &Sealed) -> Result<Vec<String>, Exit> {
-    let writer = output::Writer { blobs: &finished.blobs, should_stop: &|| false };
+fn write_outputs(
+    plan: &Plan,
+    agent: &Agent,
+    finished: &Finished,
+    sealed: &Sealed,
+    should_stop: &(dyn Fn() -> bool + Sync),
+) -> Result<Vec<String>, Exit> {
+    let writer = output::Writer { blobs: &finished.blobs, should_stop };
     for spec in &plan.outputs {
-        write_output(agent, finished, sealed, &writer, spec).map_err(|error| Exit {
-            code: error.reason().exit_code(),
-            message: chain(&error),
-            hint: None,
-        })?;
+        write_output(agent, finished, sealed, &writer, spec).map_err(|e| output_failed(&e))?;
     }
-    let failed = |e: std::io::Error, path: &Path| Exit::system(format!("write {}: {e}", path.display()));
     if let Some(path) = &plan.args.iidfile {
-        write_file(path, &output::image_id(&sealed.image.config_digest)).map_err(|e| failed(e, path))?;
+        output::write_text(path, &output::image_id(&sealed.image.config_digest))
+            .map_err(|e| output_failed(&e))?;
     }
     if let Some(path) = &plan.args.metadata_file {
         let metadata = output::metadata(&finished.result.build_id, Some(sealed), &finished.result.phases);
-        write_file(path, &format!("{metadata:#}\n")).map_err(|e| failed(e, path))?;
+        output::write_text(path, &format!("{metadata:#}\n")).map_err(|e| output_failed(&e))?;
     }
     Ok(plan.args.output.clone())
+}
+
+fn output_failed(error: &output::OutputError) -> Exit {
+    Exit { code: error.reason().exit_code(), message: chain(error), hint: None }
 }
 
 fn write_output(
@@ -281,19 +298,15 @@ fn write_output(
 }
 
 /// The result is as untrusted as a context, and gets the same guard.
-fn unpack_result(agent: &Agent, archive: File, directory: BorrowedFd<'_>) -> Result<(), output::UnpackFailure> {
+fn unpack_result(
+    agent: &Agent,
+    archive: File,
+    directory: BorrowedFd<'_>,
+) -> Result<(), output::UnpackFailure> {
     let disk = agent.config.build.limits.disk;
     let limits = Limits { max_packed_bytes: disk, max_unpacked_bytes: disk, ..agent.config.context.clone() };
     let unpacked = unpack::unpack(archive, directory, unpack::Modes::Owned, &limits);
-    unpacked.map(drop).map_err(|e| output::UnpackFailure { reason: Reason::LimitExceeded, source: Box::new(e) })
-}
-
-/// Appears whole or not at all.
-fn write_file(path: &Path, text: &str) -> std::io::Result<()> {
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(parent)?;
-    file.write_all(text.as_bytes())?;
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-    file.as_file().set_permissions(mode)?;
-    file.persist(path).map(drop).map_err(|e| e.error)
+    unpacked
+        .map(drop)
+        .map_err(|e| output::UnpackFailure { reason: Reason::LimitExceeded, source: Box::new(e) })
 }

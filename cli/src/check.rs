@@ -31,7 +31,11 @@ pub(crate) fn run(args: &CheckArgs) -> Result<u8, Exit> {
     Ok(if findings.problems.is_empty() { 0 } else { PROBLEMS })
 }
 
-fn check_dockerfile(args: &CheckArgs, source: &dockerfile::Source, findings: &mut Findings) -> Result<(), Exit> {
+fn check_dockerfile(
+    args: &CheckArgs,
+    source: &dockerfile::Source,
+    findings: &mut Findings,
+) -> Result<(), Exit> {
     let buildah = buildah_version().map_err(|e| Exit::system(chain(&e)).with_hint(e.hint()))?;
     let build_args = inputs::build_args(&args.build_arg, |name| std::env::var(name).ok())?;
     let parsed = match Dockerfile::parse(&source.text) {
@@ -41,9 +45,16 @@ fn check_dockerfile(args: &CheckArgs, source: &dockerfile::Source, findings: &mu
             return Ok(());
         }
     };
-    let input = BuildInput { build_args: &build_args, target: args.target.as_deref(), buildah, architecture: architecture() };
+    let input = BuildInput {
+        build_args: &build_args,
+        target: args.target.as_deref(),
+        buildah,
+        architecture: architecture(),
+    };
     for problem in parsed.check(&input, ImageFormat::from(args.format)) {
-        findings.problems.push(format!("{}:{}: {} ({})", source.name, problem.line, problem.message, problem.hint));
+        findings
+            .problems
+            .push(format!("{}:{}: {} ({})", source.name, problem.line, problem.message, problem.hint));
     }
     match parsed.references(&input) {
         Ok(references) => {
@@ -70,11 +81,14 @@ fn check_context(args: &CheckArgs, source: &dockerfile::Source, findings: &mut F
             return Ok(());
         }
     };
-    let scan = context::scan(&args.context, &ignore).map_err(|e| Exit { code: 1, ..Exit::usage(chain(&e)) })?;
+    let scan =
+        context::scan(&args.context, &ignore).map_err(|e| Exit { code: 1, ..Exit::usage(chain(&e)) })?;
     findings.problems.extend(scan.problems.iter().map(|problem| chain(problem)));
     findings.facts.extend(scan.skipped);
     findings.facts.push(format!("context {} entries, {} bytes; the largest:", scan.entries, scan.bytes));
-    findings.facts.extend(scan.largest.iter().map(|(path, bytes)| format!("  {bytes:>12} {}", path.display())));
+    findings
+        .facts
+        .extend(scan.largest.iter().map(|(path, bytes)| format!("  {bytes:>12} {}", path.display())));
     Ok(())
 }
 

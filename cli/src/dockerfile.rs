@@ -74,9 +74,7 @@ fn open_failed(name: &str, error: rustix::io::Errno) -> Exit {
     match error {
         rustix::io::Errno::XDEV => Exit::usage(format!("{name} is a link that leaves the context"))
             .with_hint("name the file that it points to with -f FILE"),
-        rustix::io::Errno::NOENT => {
-            Exit { code: 1, message: format!("{name} does not exist"), hint: None }
-        }
+        rustix::io::Errno::NOENT => Exit { code: 1, message: format!("{name} does not exist"), hint: None },
         other => Exit { code: 1, message: format!("{name}: {}", std::io::Error::from(other)), hint: None },
     }
 }
@@ -85,10 +83,15 @@ fn read_text(input: impl Read, name: &str) -> Result<String, Exit> {
     let mut bytes = Vec::new();
     input.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|e| Exit::usage(format!("{name}: {e}")))?;
     if bytes.len() as u64 > MAX_BYTES {
-        return Err(Exit::usage(format!("{name} is longer than {MAX_BYTES} bytes, the limit for a Dockerfile")));
+        return Err(Exit::usage(format!(
+            "{name} is longer than {MAX_BYTES} bytes, the limit for a Dockerfile"
+        )));
     }
     String::from_utf8(bytes).map_err(|e| {
-        Exit::usage(format!("{name} is not UTF-8: the first bad byte is number {}", e.utf8_error().valid_up_to()))
+        Exit::usage(format!(
+            "{name} is not UTF-8: the first bad byte is number {}",
+            e.utf8_error().valid_up_to()
+        ))
     })
 }
 

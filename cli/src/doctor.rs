@@ -22,7 +22,11 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<u8, Exit> {
         print(&line(finding));
     }
     let unfit = findings.iter().any(|f| f.standing == Standing::Missing);
-    print(if unfit { "this machine cannot run sealed builds yet" } else { "this machine runs sealed builds" });
+    print(if unfit {
+        "this machine cannot run sealed builds yet"
+    } else {
+        "this machine runs sealed builds"
+    });
     Ok(if unfit { SYSTEM } else { 0 })
 }
 

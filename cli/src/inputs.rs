@@ -6,7 +6,7 @@ use kiln_agent::executor::Secret;
 
 use crate::app::Exit;
 
-/// BuildKit's bound for one secret.
+/// `BuildKit`'s bound for one secret.
 const MAX_SECRET_BYTES: u64 = 500 * 1024;
 /// One argument of the kernel's argv is at most 128 KiB; the flag itself takes some.
 const MAX_VALUE_BYTES: usize = 120 * 1024;
@@ -37,7 +37,9 @@ pub(crate) fn labels(given: &[String]) -> Result<BTreeMap<String, String>, Exit>
     for text in given {
         let (name, value) = text.split_once('=').unwrap_or((text, ""));
         if name.is_empty() || name.contains(char::is_whitespace) {
-            return Err(Exit::usage(format!("--label `{text}`: the name is empty or has blanks; write NAME=VALUE")));
+            return Err(Exit::usage(format!(
+                "--label `{text}`: the name is empty or has blanks; write NAME=VALUE"
+            )));
         }
         check_value("--label", name, value)?;
         labels.insert(name.to_owned(), value.to_owned());
@@ -59,7 +61,8 @@ fn check_value(flag: &str, name: &str, value: &str) -> Result<(), Exit> {
         return Err(Exit::usage(format!("{flag} {name}: the value has a NUL byte")));
     }
     if value.len() > MAX_VALUE_BYTES {
-        let message = format!("{flag} {name}: {} bytes are more than the limit of {MAX_VALUE_BYTES}", value.len());
+        let message =
+            format!("{flag} {name}: {} bytes are more than the limit of {MAX_VALUE_BYTES}", value.len());
         return Err(Exit::usage(message).with_hint("put it into a file of the context"));
     }
     Ok(())
@@ -107,7 +110,9 @@ fn secret(text: &str, lookup: &impl Fn(&str) -> Option<String>) -> Result<Secret
             let unset = || Exit::usage(format!("--secret id={id}: the variable {name} is not set"));
             lookup(name).ok_or_else(unset)?.into_bytes()
         }
-        (Some(_), Some(_)) => return Err(Exit::usage(format!("--secret id={id}: give src or env, not both"))),
+        (Some(_), Some(_)) => {
+            return Err(Exit::usage(format!("--secret id={id}: give src or env, not both")));
+        }
     };
     Ok(Secret { id: id.to_owned(), value })
 }
@@ -146,19 +151,29 @@ mod tests {
             assert!(build_args(&[bad.to_owned()], env).is_err(), "{bad:?}");
         }
         assert!(build_args(&["A=\0".to_owned()], env).unwrap_err().message.contains("NUL"));
-        assert!(build_args(&[format!("A={}", "x".repeat(200_000))], env).unwrap_err().message.contains("limit"));
+        assert!(
+            build_args(&[format!("A={}", "x".repeat(200_000))], env).unwrap_err().message.contains("limit")
+        );
     }
 
     #[test]
     fn secrets_come_from_files_or_variables() {
         let temp = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(temp.path(), "from-file").unwrap();
-        let given = [format!("id=a,src={}", temp.path().display()), "id=b,env=SET".to_owned(), "id=SET".to_owned()];
+        let given =
+            [format!("id=a,src={}", temp.path().display()), "id=b,env=SET".to_owned(), "id=SET".to_owned()];
         let values: Vec<_> = secrets(&given, env).unwrap().into_iter().map(|s| (s.id, s.value)).collect();
         assert_eq!(values[0], ("a".to_owned(), b"from-file".to_vec()));
         assert_eq!(values[1].1, b"from-env");
         assert_eq!(values[2].1, b"from-env");
-        for bad in ["src=x", "id=../x,env=SET", "id=a,env=NOPE", "id=a,src=/no/such", "id=a,foo=1", "id=a,src=x,env=SET"] {
+        for bad in [
+            "src=x",
+            "id=../x,env=SET",
+            "id=a,env=NOPE",
+            "id=a,src=/no/such",
+            "id=a,foo=1",
+            "id=a,src=x,env=SET",
+        ] {
             assert!(secrets(&[bad.to_owned()], env).is_err(), "{bad}");
         }
         let twice = ["id=SET".to_owned(), "id=SET".to_owned()];

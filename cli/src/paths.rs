@@ -17,7 +17,8 @@ pub(crate) fn load_config(places: &Places) -> Result<Config, Exit> {
 }
 
 fn default_configs() -> Vec<PathBuf> {
-    let user = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).or_else(|| Some(home()?.join(".config")));
+    let user =
+        std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).or_else(|| Some(home()?.join(".config")));
     let system = PathBuf::from("/etc/kiln/config.toml");
     user.map(|dir| dir.join("kiln/config.toml")).into_iter().chain([system]).collect()
 }

@@ -13,13 +13,15 @@ use crate::args::Progress;
 pub(crate) struct Printer {
     quiet: bool,
     colours: Colours,
+    /// Standard output carries an archive and nothing else.
+    stdout_taken: bool,
 }
 
 impl Printer {
-    pub(crate) fn new(progress: Progress) -> Self {
+    pub(crate) fn new(progress: Progress, stdout_taken: bool) -> Self {
         let terminal = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
         let colours = if terminal && progress == Progress::Auto { Colours::Keep } else { Colours::Strip };
-        Self { quiet: progress == Progress::Quiet, colours }
+        Self { quiet: progress == Progress::Quiet, colours, stdout_taken }
     }
 
     /// Shows one event. A closed output changes nothing.
@@ -28,6 +30,7 @@ impl Printer {
             return;
         }
         match event {
+            Event::Line(line) if self.stdout_taken => tell(&sanitize(line, self.colours)),
             Event::Line(line) => {
                 let _ = writeln!(std::io::stdout(), "{}", sanitize(line, self.colours));
             }
@@ -46,10 +49,13 @@ impl Printer {
     /// The end of a successful build.
     pub(crate) fn success(&self, image: &SealedImage, result: &BuildResult, written: &[String]) {
         if self.quiet {
-            let _ = writeln!(std::io::stdout(), "{}", image.config_digest);
+            if !self.stdout_taken {
+                let _ = writeln!(std::io::stdout(), "{}", image.config_digest);
+            }
             return;
         }
-        let seconds: f64 = result.phases.iter().map(|p| p.milliseconds as f64 / 1000.0).sum();
+        let spent: u64 = result.phases.iter().map(|p| p.milliseconds).sum();
+        let seconds = std::time::Duration::from_millis(spent).as_secs_f32();
         tell(&format!("image {} ({} bytes, {seconds:.1} s)", image.config_digest, image.size));
         tell(&format!("manifest {}", image.manifest_digest));
         for target in written {
@@ -68,7 +74,9 @@ pub(crate) fn failure(failure: &Failure, finished: &Finished, dockerfile: &str, 
         tell(&format!("  {dockerfile}:{}: {}", location.line, sanitize(&location.text, Colours::Strip)));
     }
     tell(&format!("  {}", sanitize(&failure.message, Colours::Strip)));
-    if failure.reason.end_state() != kiln_protocol::reason::EndState::Cancelled && !finished.last_lines.is_empty() {
+    if failure.reason.end_state() != kiln_protocol::reason::EndState::Cancelled
+        && !finished.last_lines.is_empty()
+    {
         tell("last lines of the log:");
         for line in &finished.last_lines {
             tell(&format!("  | {}", sanitize(line, Colours::Strip)));

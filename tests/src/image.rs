@@ -9,6 +9,7 @@ use serde_json::Value;
 use tar::{Archive, EntryType};
 
 use crate::base::digest;
+use crate::lab::CONTEXT_TIME;
 
 /// One path of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -189,7 +190,8 @@ fn read_layer(bytes: &[u8]) -> Layer {
 }
 
 /// Fails the test unless both images are the same but for what cannot be: times, container names, and
-/// digests that depend on them. `times` compares modification times too.
+/// digests that depend on them. Times of the context are compared, all others only if `times` says that they
+/// are fixed.
 pub fn assert_same(kiln: &Image, plain: &Image, times: bool) {
     let difference = config_difference(kiln, plain).or_else(|| layer_difference(kiln, plain, times));
     if let Some(difference) = difference {
@@ -199,8 +201,27 @@ pub fn assert_same(kiln: &Image, plain: &Image, times: bool) {
 
 /// The first difference of the configs.
 pub fn config_difference(kiln: &Image, plain: &Image) -> Option<String> {
-    let (kiln, plain) = (comparable(&kiln.config), comparable(&plain.config));
-    (kiln != plain).then(|| format!("config\nkiln:  {kiln:#}\nplain: {plain:#}"))
+    let mut lines = Vec::new();
+    differences("config", &comparable(&kiln.config), &comparable(&plain.config), &mut lines);
+    (!lines.is_empty()).then(|| lines.join("\n"))
+}
+
+fn differences(path: &str, kiln: &Value, plain: &Value, lines: &mut Vec<String>) {
+    match (kiln, plain) {
+        (Value::Object(k), Value::Object(p)) => {
+            for key in k.keys().chain(p.keys().filter(|key| !k.contains_key(*key))) {
+                let (k, p) = (k.get(key).unwrap_or(&Value::Null), p.get(key).unwrap_or(&Value::Null));
+                differences(&format!("{path}.{key}"), k, p, lines);
+            }
+        }
+        (Value::Array(k), Value::Array(p)) if k.len() == p.len() => {
+            for (index, (k, p)) in k.iter().zip(p).enumerate() {
+                differences(&format!("{path}[{index}]"), k, p, lines);
+            }
+        }
+        _ if kiln == plain => {}
+        _ => lines.push(format!("{path}\nkiln:  {kiln}\nplain: {plain}")),
+    }
 }
 
 fn comparable(config: &Value) -> Value {
@@ -216,7 +237,13 @@ fn comparable(config: &Value) -> Value {
         }
     }
     for item in top.get_mut("history").and_then(Value::as_array_mut).into_iter().flatten() {
-        item.as_object_mut().unwrap().remove("created");
+        let item = item.as_object_mut().unwrap();
+        item.remove("created");
+        // Kiln's stores know an image by the name in the Dockerfile, plain buildah's by the full one.
+        if let Some(Value::String(comment)) = item.get_mut("comment") {
+            *comment =
+                comment.replace("FROM docker.io/library/", "FROM ").replace("FROM docker.io/", "FROM ");
+        }
     }
     config
 }
@@ -232,8 +259,11 @@ pub fn layer_difference(kiln: &Image, plain: &Image, times: bool) -> Option<Stri
 
 fn one_layer_difference(index: usize, kiln: &Layer, plain: &Layer, times: bool) -> Option<String> {
     let paths: std::collections::BTreeSet<_> = kiln.keys().chain(plain.keys()).collect();
+    let from_context =
+        |path: &str| plain.get(path).is_some_and(|e| i64::try_from(e.mtime) == Ok(CONTEXT_TIME));
     let view = |layer: &Layer, path: &str| {
-        layer.get(path).map(|entry| Entry { mtime: if times { entry.mtime } else { 0 }, ..entry.clone() })
+        let compared = times || from_context(path);
+        layer.get(path).map(|entry| Entry { mtime: if compared { entry.mtime } else { 0 }, ..entry.clone() })
     };
     paths.into_iter().find_map(|path| {
         let (k, p) = (view(kiln, path), view(plain, path));

@@ -64,6 +64,21 @@ impl Context {
     }
 }
 
+/// The time of every file of a context that is compared: buildah hashes times into its history, and Kiln
+/// keeps whole seconds, as Docker does.
+pub const CONTEXT_TIME: i64 = 1_600_000_000;
+
+fn set_times(dir: &Path) {
+    use nix::sys::stat::{UtimensatFlags, utimensat};
+    use nix::sys::time::TimeSpec;
+    let time = TimeSpec::new(CONTEXT_TIME, 0);
+    let flags = UtimensatFlags::NoFollowSymlink;
+    // Children first: setting the time of an entry leaves its directory alone.
+    for path in crate::tree::paths(dir).into_iter().chain([dir.to_owned()]) {
+        utimensat(nix::fcntl::AT_FDCWD, &path, &time, &time, flags).unwrap();
+    }
+}
+
 /// Whatever the umask of the person who runs the tests, directories are 0755.
 fn make_dirs(top: &Path, path: &Path) {
     let missing: Vec<_> = path.ancestors().take_while(|p| *p != top && !p.exists()).collect();
@@ -184,6 +199,8 @@ impl Lab {
 
     /// The same, where plain buildah gets another context: what is left of ours after filtering.
     pub fn compare_with(&self, flags: &[&str], filtered: &Path) -> Image {
+        set_times(self.context.path());
+        set_times(filtered);
         let image = self.image(flags);
         let plain = self.plain_image(flags, filtered);
         let times = flags.iter().any(|flag| flag.starts_with("--timestamp"));
@@ -201,6 +218,7 @@ impl Lab {
 
     /// Builds, expects `code`, and checks that nothing is left.
     pub fn fails(&self, flags: &[&str], code: i32) -> Outcome {
+        let _ = std::fs::remove_file(self.archive());
         let outcome = self.build_archive().args(flags).run().expect_code(code);
         leftovers::assert_none(&self.data(), CLEAN);
         assert!(!self.archive().exists(), "a failed build left an output");

@@ -14,3 +14,4 @@ pub mod plain;
 pub mod process;
 pub mod proxy;
 pub mod registry;
+pub mod tree;

@@ -353,7 +353,7 @@ fn names_that_hurt() {
     {
         lab.context.file(name, name);
     }
-    lab.context.file(&"long/".repeat(40), "").file(&format!("{}f", "long/".repeat(40)), "deep");
+    lab.context.file(&format!("{}f", "long/".repeat(40)), "deep");
     lab.context.file(&"n".repeat(200), "long name");
     lab.compare(&[]);
 }

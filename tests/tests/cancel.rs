@@ -2,17 +2,16 @@
 //!
 //! `KILN_CANCELS` is their number, `KILN_SEED` their seed.
 
-use std::collections::BTreeMap;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use kiln_tests::base::{BaseImage, LayerTar, digest};
+use kiln_tests::base::{BaseImage, LayerTar};
 use kiln_tests::image::Image;
 use kiln_tests::kiln::Kiln;
 use kiln_tests::lab::{CLEAN, Lab};
 use kiln_tests::leftovers;
 use kiln_tests::process::Outcome;
+use kiln_tests::tree::Tree;
 use nix::sys::signal::Signal;
 
 const DEFAULT_CANCELS: u64 = 40;
@@ -33,7 +32,8 @@ impl Random {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        limit.mul_f64(f64::from(u32::try_from(self.0 >> 32).unwrap()) / f64::from(u32::MAX))
+        let share = u32::try_from(self.0 >> 32).unwrap_or_default();
+        limit.mul_f64(f64::from(share) / f64::from(u32::MAX))
     }
 }
 
@@ -47,38 +47,6 @@ fn noise(seed: usize) -> Vec<u8> {
     .take(FILE_BYTES / 8)
     .flatten()
     .collect()
-}
-
-/// Every path below a directory with type, mode, owner, and content.
-fn tree(dir: &Path) -> BTreeMap<String, String> {
-    let mut found = BTreeMap::new();
-    let mut open = vec![dir.to_owned()];
-    while let Some(dir) = open.pop() {
-        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-            let path = entry.path();
-            let meta = path.symlink_metadata().unwrap();
-            let content = match meta.file_type() {
-                t if t.is_symlink() => path.read_link().unwrap().display().to_string(),
-                t if t.is_file() => digest(&std::fs::read(&path).unwrap_or_default()),
-                _ => String::new(),
-            };
-            let mode = meta.permissions().mode();
-            let line = format!("{mode:o} {}:{} {} {content}", meta.uid(), meta.gid(), meta.mtime());
-            if meta.is_dir() {
-                open.push(path.clone());
-            }
-            found.insert(path.display().to_string(), line);
-        }
-    }
-    found
-}
-
-fn assert_same_tree(before: &BTreeMap<String, String>, after: &BTreeMap<String, String>) {
-    let changed: Vec<_> =
-        before.iter().filter(|(path, line)| after.get(*path) != Some(line)).take(5).collect();
-    assert!(changed.is_empty(), "published files changed: {changed:#?}");
-    let new: Vec<_> = after.keys().filter(|path| !before.contains_key(*path)).take(5).collect();
-    assert!(new.is_empty(), "new in published stores: {new:#?}");
 }
 
 fn lab() -> Lab {
@@ -127,12 +95,12 @@ fn with_everything_fetched() {
     let _ = build(&lab, &data, &out).run().expect_code(0);
     let first = Image::docker_archive(&out);
     let warm = build(&lab, &data, &out).run().expect_code(0).elapsed;
-    let stores = || tree(&data.join("store/base"));
+    let stores = || Tree::of(&data.join("store/base"));
     let before = stores();
     let mut random = Random(number("KILN_SEED", DEFAULT_SEED));
     for _ in 0..number("KILN_CANCELS", DEFAULT_CANCELS) / 2 {
         let _ = cancel_after(&lab, &data, random.below(warm));
-        assert_same_tree(&before, &stores());
+        before.assert_same(&stores());
     }
     let _ = build(&lab, &data, &out).run().expect_code(0);
     assert_eq!(Image::docker_archive(&out).id, first.id);

@@ -1,5 +1,6 @@
 //! Tests of reading, and what the tests of the parts share.
 
+use kiln_protocol::request::ImageFormat;
 use proptest::prelude::*;
 
 use super::*;

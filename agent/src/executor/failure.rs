@@ -69,6 +69,7 @@ impl Run {
         let limits = &self.agent.config.build.limits;
         let (resource, limit, peak, key) = match breach {
             Breach::Pids { peak } => ("pids", limits.pids, peak, "build.limits.pids"),
+            Breach::Memory { peak } => ("memory", limits.memory.unwrap_or(0), peak, "build.limits.memory"),
             Breach::Disk { peak } => ("disk", limits.disk, peak, "build.limits.disk"),
         };
         let report = LimitReport { resource: resource.to_owned(), limit, peak, key: key.to_owned() };

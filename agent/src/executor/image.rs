@@ -28,7 +28,8 @@ impl Run {
             return Err(self.step_failed(&end, None));
         }
         let message = end.stderr.trim().to_owned();
-        let reason = if message.contains("No space left") { Reason::DiskFull } else { Reason::ContextInvalid };
+        let reason =
+            if message.contains("No space left") { Reason::DiskFull } else { Reason::ContextInvalid };
         Err(self.fail(reason, message))
     }
 
@@ -38,6 +39,7 @@ impl Run {
         let input = PlanInput {
             request: &self.request,
             buildah: self.agent.buildah,
+            target: planned.target.as_deref(),
             forced_args: &planned.forced_args,
             base_stores: store_names(bases).len(),
             secret_ids: &ids,
@@ -45,7 +47,11 @@ impl Run {
         };
         let env = plan::environment(&self.proxy());
         let end = self.step(slot, Step::Exec { argv: plan::build(&input), env, network: true }).await?;
-        if end.exit == Exit::Code(0) { Ok(()) } else { Err(self.step_failed(&end, Some(&planned.dockerfile))) }
+        if end.exit == Exit::Code(0) {
+            Ok(())
+        } else {
+            Err(self.step_failed(&end, Some(&planned.dockerfile)))
+        }
     }
 
     /// Only files that a base image has: mounting over a missing one would leave a stub in the image.
@@ -62,9 +68,11 @@ impl Run {
     /// buildah hands these to RUN and keeps them out of config and history.
     fn proxy(&self) -> Vec<(String, String)> {
         let proxy = &self.agent.config.build.proxy;
-        let pairs = [("http_proxy", &proxy.http), ("https_proxy", &proxy.https), ("no_proxy", &proxy.no_proxy)];
+        let pairs =
+            [("http_proxy", &proxy.http), ("https_proxy", &proxy.https), ("no_proxy", &proxy.no_proxy)];
         let set = pairs.into_iter().filter_map(|(name, value)| Some((name, value.clone()?)));
-        set.flat_map(|(name, value)| [(name.to_owned(), value.clone()), (name.to_ascii_uppercase(), value)]).collect()
+        set.flat_map(|(name, value)| [(name.to_owned(), value.clone()), (name.to_ascii_uppercase(), value)])
+            .collect()
     }
 
     pub(super) async fn export(&mut self, slot: &mut Slot, bases: &[Named]) -> Attempt<Digest> {
@@ -82,7 +90,9 @@ impl Run {
             self.fail(Reason::CandidateCorrupt, format!("read the image id that buildah wrote: {e}"))
         })?;
         let parsed = text.trim().parse();
-        parsed.map_err(|e: kiln_protocol::digest::InvalidDigest| self.fail(Reason::CandidateCorrupt, e.to_string()))
+        parsed.map_err(|e: kiln_protocol::digest::InvalidDigest| {
+            self.fail(Reason::CandidateCorrupt, e.to_string())
+        })
     }
 
     fn job_path(&self) -> String {
@@ -103,17 +113,24 @@ impl Run {
         let work = move || {
             let should_stop = || stop.current().is_some();
             let limits = SealLimits { total_bytes: disk, unpacked_bytes: disk, ..SealLimits::default() };
-            let options =
-                SealOptions { format, gzip_level: seal::DEFAULT_GZIP_LEVEL, limits, should_stop: &should_stop };
+            let options = SealOptions {
+                format,
+                gzip_level: seal::DEFAULT_GZIP_LEVEL,
+                limits,
+                should_stop: &should_stop,
+            };
             let layout = open_dir(&store, &format!("{export}/image"))?;
             let image = seal::seal(layout.as_fd(), &layers, &blobs, &options)?;
-            let root = files.then(|| seal::seal_file(open_dir(&store, &export)?.as_fd(), "rootfs.tar", &blobs, &options));
+            let root = files
+                .then(|| seal::seal_file(open_dir(&store, &export)?.as_fd(), "rootfs.tar", &blobs, &options));
             Ok((image, root.transpose()?))
         };
         let sealed: Result<_, seal::SealError> = self.blocking(work).await?;
         let (image, root_filesystem) = sealed.map_err(|e| self.not_sealed(&e))?;
         if image.image.config_digest != *image_id {
-            return Err(self.fail(Reason::CandidateCorrupt, "the exported config is not the image that was built"));
+            return Err(
+                self.fail(Reason::CandidateCorrupt, "the exported config is not the image that was built")
+            );
         }
         Ok(Built { image, root_filesystem })
     }
@@ -122,8 +139,9 @@ impl Run {
     fn share_layers(&self, layers: &[BaseLayer]) -> Attempt<()> {
         for layer in layers.iter().filter(|layer| !self.blobs.has(&layer.digest)) {
             let from = self.agent.state.blobs().path(&layer.digest);
-            std::fs::hard_link(&from, self.blobs.path(&layer.digest))
-                .map_err(|e| self.fail(Reason::StoreCorrupt, format!("take over base layer {}: {e}", layer.digest)))?;
+            std::fs::hard_link(&from, self.blobs.path(&layer.digest)).map_err(|e| {
+                self.fail(Reason::StoreCorrupt, format!("take over base layer {}: {e}", layer.digest))
+            })?;
         }
         Ok(())
     }

@@ -67,8 +67,7 @@ pub(super) fn start(run: &Run) -> Attempt<(Log, OwnedFd)> {
 impl Log {
     /// Waits for the last byte: every writer is gone once the slot is.
     pub(super) async fn finish(self) -> Ended {
-        let (summary, last_lines) =
-            self.reader.await.unwrap_or_else(|_| (super::empty_log(), Vec::new()));
+        let (summary, last_lines) = self.reader.await.unwrap_or_else(|_| (super::empty_log(), Vec::new()));
         Ended { summary, last_lines, redactor: Some(self.redactor) }
     }
 }

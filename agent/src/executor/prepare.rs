@@ -31,7 +31,11 @@ impl Run {
         self.check_bind_sources(&dockerfile, &input)?;
         let references = dockerfile.references(&input).map_err(|e| self.refused(&e))?;
         let forced_args = dockerfile.forced_build_args(&input).map_err(|e| self.refused(&e))?;
-        Ok(Planned { dockerfile, references, forced_args })
+        let target = match &request.target {
+            Some(name) => Some(dockerfile.target(Some(name)).map_err(|e| self.refused(&e))?.buildah_name()),
+            None => None,
+        };
+        Ok(Planned { dockerfile, references, target, forced_args })
     }
 
     fn first_error(&self, problems: &[Problem]) -> Attempt<()> {
@@ -48,7 +52,11 @@ impl Run {
         let Some(missing) = missing else { return Ok(()) };
         let message = format!("this step requires the secret `{}`, which was not given", missing.id);
         let hint = Some(format!("add --secret id={},src=FILE", missing.id));
-        Err(Failure { location: Some(self.location(missing.line)), hint, ..self.fail(Reason::BadRequest, message) })
+        Err(Failure {
+            location: Some(self.location(missing.line)),
+            hint,
+            ..self.fail(Reason::BadRequest, message)
+        })
     }
 
     /// A bind mount whose source is a symlink of the context would be followed by older buildahs.
@@ -61,7 +69,10 @@ impl Run {
         for source in sources {
             let prefix = prefixes(&source.path).find(|p| links.contains(p.as_bytes()));
             if let Some(link) = prefix {
-                let message = format!("the source `{}` of a bind mount passes through the symlink `{link}`", source.path);
+                let message = format!(
+                    "the source `{}` of a bind mount passes through the symlink `{link}`",
+                    source.path
+                );
                 let hint = Some("name the directory or file that the link points to".to_owned());
                 let location = Some(self.location(source.line));
                 return Err(Failure { location, hint, ..self.fail(Reason::BadRequest, message) });
@@ -118,20 +129,32 @@ impl Run {
         Ok(Resolved { name: base.lookup.clone(), line: base.line, image })
     }
 
+    /// Older buildahs keep the platform of one FROM for the stages behind it, and a slot runs only what the
+    /// node's processor runs.
     fn platform(&self, base: &BaseReference) -> Attempt<Platform> {
-        let Some(text) = &base.platform else { return Ok(Platform::host()) };
-        text.parse().map_err(|e: crate::registry::InvalidPlatform| Failure {
+        let host = Platform::host();
+        let Some(text) = &base.platform else { return Ok(host) };
+        let refused = |message: String| Failure {
             location: Some(self.location(base.line)),
-            ..self.fail(Reason::BadRequest, e.to_string())
-        })
+            hint: Some("leave --platform out, or build on a node of that platform".to_owned()),
+            ..self.fail(Reason::BadRequest, message)
+        };
+        let wanted: Platform =
+            text.parse().map_err(|e: crate::registry::InvalidPlatform| refused(e.to_string()))?;
+        if wanted.os != host.os || wanted.architecture != host.architecture {
+            return Err(refused(format!("this node builds {host}, not {wanted}")));
+        }
+        Ok(wanted)
     }
 
     async fn make_available(&self, registry: &Registry, resolved: Resolved) -> Attempt<Named> {
         let Resolved { name, line, image } = resolved;
         let fetched = registry.fetch(&image, self.agent.state.blobs(), &|_, _| {}).await;
         fetched.map_err(|e| self.registry_failed(&e, Some(line)))?;
-        let store = Bases { state: &self.agent.state, config: &self.agent.config, identity: self.agent.identity };
-        let base = store.ensure(&image, &mut self.stop.clone()).await.map_err(|e| self.base_failed(&e, line))?;
+        let store =
+            Bases { state: &self.agent.state, config: &self.agent.config, identity: self.agent.identity };
+        let base =
+            store.ensure(&image, &mut self.stop.clone()).await.map_err(|e| self.base_failed(&e, line))?;
         Ok(Named { name, base: Arc::new(base) })
     }
 
@@ -171,7 +194,8 @@ impl Run {
 
     pub(super) fn cache(&self, planned: &Planned, bases: &[Named]) -> Attempt<Option<CacheLease>> {
         let triggers = bases.iter().flat_map(|n| &n.base.record.triggers);
-        let wanted = planned.dockerfile.uses_cache_mounts() || triggers.into_iter().any(|t| t.contains("type=cache"));
+        let wanted =
+            planned.dockerfile.uses_cache_mounts() || triggers.into_iter().any(|t| t.contains("type=cache"));
         if !wanted {
             return Ok(None);
         }

@@ -47,6 +47,12 @@ pub enum OutputError {
         /// The path.
         path: PathBuf,
     },
+    /// Another process works on the same destination.
+    #[error("{path} is being replaced by another process; try again or name another")]
+    Busy {
+        /// The path.
+        path: PathBuf,
+    },
     /// The kernel refused an operation on the destination.
     #[error("cannot {action} {path}")]
     Destination {
@@ -104,6 +110,7 @@ impl OutputError {
             | Self::NotAFile { .. }
             | Self::NotADirectory { .. }
             | Self::MountPoint { .. }
+            | Self::Busy { .. }
             | Self::NotEmpty { .. } => Reason::BadRequest,
             Self::Destination { source, .. } | Self::Stdout(source) | Self::Blob { source, .. }
                 if is_disk_full(source) =>
@@ -130,7 +137,6 @@ fn destination_reason(error: &io::Error) -> Reason {
         | Kind::InvalidFilename
         | Kind::InvalidInput
         | Kind::NotFound
-        | Kind::DirectoryNotEmpty
         | Kind::FileTooLarge => Reason::BadRequest,
         _ => Reason::Unknown,
     }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -12,6 +13,8 @@ use super::staging::{destination, parent};
 
 /// Largest index that is read to see how many images a layout has.
 const MAX_INDEX: u64 = 1 << 20;
+/// How often a destination is looked at again that other processes exchange meanwhile.
+const ATTEMPTS: usize = 8;
 /// Length of a sha256 in a file name.
 const HEX_LENGTH: usize = 64;
 
@@ -46,6 +49,22 @@ pub(super) fn resolve(target: &Path) -> Result<PathBuf, OutputError> {
 
 /// Says whether and how `target` may be replaced; changes nothing.
 pub(super) fn inspect(target: &Path, kind: Kind) -> Result<Existing, OutputError> {
+    for _ in 0..ATTEMPTS {
+        let before = identity(target);
+        let found = inspect_once(target, kind);
+        // Else it was exchanged meanwhile, and what was seen may be half of a removed directory.
+        if identity(target) == before {
+            return found;
+        }
+    }
+    Err(OutputError::Busy { path: target.to_owned() })
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+fn inspect_once(target: &Path, kind: Kind) -> Result<Existing, OutputError> {
     let path = || target.to_owned();
     if target.file_name().is_none() {
         return Err(OutputError::NoName { path: path() });

@@ -40,13 +40,14 @@ impl Staged {
         sweep(parent, &prefix);
         for _ in 0..ATTEMPTS {
             let path = create(parent, &prefix, kind).map_err(|e| destination("write into", parent, e))?;
-            let handle = open(&path, kind).map_err(|e| destination("open", &path, e))?;
-            if lock(&handle, &path) {
-                return Ok(Self { path, target, kind, handle });
+            match open(&path, kind) {
+                Ok(handle) if lock(&handle, &path) => return Ok(Self { path, target, kind, handle }),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(destination("open", &path, error)),
             }
         }
-        let source = io::Error::from(io::ErrorKind::ResourceBusy);
-        Err(destination("lock work beside", &target, source))
+        Err(OutputError::Busy { path: target })
     }
 
     /// The file or directory to fill.
@@ -83,12 +84,20 @@ impl Staged {
     }
 
     /// Swaps work and destination, and swaps back if the destination was not what was inspected.
-    fn exchange(&self) -> Result<(), OutputError> {
+    ///
+    /// The lock on the previous content keeps another process from exchanging it as well, and from taking it
+    /// for abandoned while it lies beside the destination.
+    pub(super) fn exchange(&self) -> Result<(), OutputError> {
+        let previous = File::open(&self.target).map_err(|e| self.replace_error(e))?;
+        if !lock(&previous, &self.target) {
+            return Err(OutputError::Busy { path: self.target.clone() });
+        }
         self.swap()?;
         if let Err(error) = existing::inspect(&self.path, self.kind) {
             self.swap()?;
             return Err(error);
         }
+        remove(&self.path);
         Ok(())
     }
 
@@ -104,10 +113,13 @@ impl Staged {
     }
 
     fn replace_error(&self, source: io::Error) -> OutputError {
-        if source.kind() == io::ErrorKind::ResourceBusy {
-            return OutputError::MountPoint { path: self.target.clone() };
+        let path = self.target.clone();
+        match source.kind() {
+            io::ErrorKind::ResourceBusy => OutputError::MountPoint { path },
+            // It was not there, or empty, a moment ago.
+            io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists => OutputError::Busy { path },
+            _ => destination("replace", &path, source),
         }
-        destination("replace", &self.target, source)
     }
 
     /// For file systems that cannot exchange (NFS): for an instant there is no destination.
@@ -124,7 +136,7 @@ impl Staged {
 }
 
 impl Drop for Staged {
-    /// Removes the unfinished work, or the previous content that was exchanged for it.
+    /// Removes unfinished work. After an output nothing is there.
     fn drop(&mut self) {
         remove(&self.path);
     }
@@ -190,24 +202,27 @@ fn lock(handle: &File, path: &Path) -> bool {
 fn sweep(parent: &Path, prefix: &str) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
-        if entry.file_name().as_encoded_bytes().starts_with(prefix.as_bytes()) && is_abandoned(&entry.path())
+        if entry.file_name().as_encoded_bytes().starts_with(prefix.as_bytes())
+            && let Some(_lock) = lock_abandoned(&entry.path())
         {
             remove(&entry.path());
         }
     }
 }
 
-fn is_abandoned(path: &Path) -> bool {
+/// The lock of work that nobody holds. It is held until the removal is over, so that a process which created
+/// the same work a moment ago notices.
+fn lock_abandoned(path: &Path) -> Option<File> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW;
-    let Ok(handle) = rustix::fs::open(path, flags, Mode::empty()).map(File::from) else { return false };
+    let handle = rustix::fs::open(path, flags, Mode::empty()).map(File::from).ok()?;
     let ours = handle.metadata().is_ok_and(|m| m.uid() == rustix::process::geteuid().as_raw());
-    ours && flock(&handle, FlockOperation::NonBlockingLockExclusive).is_ok()
+    let free = ours && flock(&handle, FlockOperation::NonBlockingLockExclusive).is_ok();
+    free.then_some(handle)
 }
 
 fn remove(path: &Path) {
     let is_directory = fs::symlink_metadata(path).is_ok_and(|m| m.is_dir());
     if !is_directory {
-        // Nothing is there after a rename.
         let _ = fs::remove_file(path);
     } else if fs::remove_dir_all(path).is_err() {
         make_removable(path);

@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kiln_protocol::request::ImageFormat;
 use serde_json::Value;
-use tempfile::TempDir;
 
 use super::*;
 use crate::seal::BaseLayer;
@@ -21,13 +20,13 @@ use crate::seal::testing::*;
 struct Case {
     sealed: Sealed,
     store: Store,
-    work: TempDir,
+    work: Scratch,
 }
 
 impl Case {
     fn new(export: &Export) -> Self {
         let store = Store::new();
-        Self { sealed: export.seal(&[], &store).unwrap(), store, work: TempDir::new().unwrap() }
+        Self { sealed: export.seal(&[], &store).unwrap(), store, work: Scratch::new() }
     }
 
     fn by_hand(format: ImageFormat) -> Self {
@@ -175,7 +174,7 @@ fn case_with_base() -> Case {
     let base = BaseLayer { diff_id, digest: store.put(&blob), size, media_type };
     let sealed = export.seal(&[base], &store).unwrap();
     assert_eq!(sealed.layers[0].unpacked, None);
-    Case { sealed, store, work: TempDir::new().unwrap() }
+    Case { sealed, store, work: Scratch::new() }
 }
 
 #[test]
@@ -194,10 +193,15 @@ fn an_archive_on_standard_output_is_the_same_as_in_a_file() {
 fn gnu_tar_lists_the_archive_and_its_layers() {
     let case = case_with_base();
     case.write("docker-archive:@/file").unwrap();
-    let listing = run(std::process::Command::new("tar").arg("-tvf").arg(case.path("file")));
+    let mut list = std::process::Command::new("tar");
+    let listing = run(list.env("TZ", "UTC").args(["--full-time", "-tvf"]).arg(case.path("file")));
     let listing = String::from_utf8(listing).unwrap();
     assert_eq!(listing.lines().count(), 4, "{listing}");
-    assert!(listing.lines().all(|line| line.starts_with("-rw-r--r-- 0/0 ")), "{listing}");
+    let plain = |line: &str| line.starts_with("-rw-r--r-- 0/0 ") && line.contains(" 1970-01-01 00:00:00 ");
+    assert!(listing.lines().all(plain), "{listing}");
+    let mut archive = tar::Archive::new(File::open(case.path("file")).unwrap());
+    let sizes = archive.entries().unwrap().map(|entry| 512 + entry.unwrap().size().next_multiple_of(512));
+    assert_eq!(fs::metadata(case.path("file")).unwrap().len(), sizes.sum::<u64>() + 1024);
     let layer = format!("{}.tar", case.sealed.layers[0].diff_id.hex());
     let plain = run(std::process::Command::new("tar").arg("-xOf").arg(case.path("file")).arg(&layer));
     assert_eq!(digest(&plain), case.sealed.layers[0].diff_id);
@@ -324,7 +328,42 @@ fn a_failed_output_leaves_the_destination_as_it_was() {
     case.sealed.layers[0].diff_id = digest(b"other");
     let error = case.write("docker-archive:@/d.tar").unwrap_err();
     assert!(matches!(error, OutputError::Content { .. }), "{error}");
+    // A blob that was cut off.
+    let blob = case.store.blobs.path(&case.sealed.layers[0].descriptor.digest);
+    let bytes = fs::read(&blob).unwrap();
+    fs::remove_file(&blob).unwrap();
+    fs::write(&blob, &bytes[1..]).unwrap();
+    let error = case.write("oci-archive:@/o.tar").unwrap_err();
+    assert!(error.to_string().contains("bytes long"), "{error}");
     assert!(case.snapshot() == before);
+}
+
+#[test]
+fn a_layout_that_changes_at_the_last_instant_is_put_back() {
+    let case = Case::by_hand(ImageFormat::Oci);
+    case.write("oci:@/oci").unwrap();
+    let staged = Staged::new(&case.path("oci"), Kind::Layout).unwrap();
+    fs::write(case.path("oci/precious"), "x").unwrap();
+    let before = case.snapshot();
+    let error = staged.exchange().unwrap_err();
+    assert!(error.to_string().contains("holds `precious`"), "{error}");
+    assert!(case.snapshot() == before);
+    drop(staged);
+    assert_eq!(fs::read_dir(case.work.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_layout_in_the_hands_of_another_process_is_left_to_it() {
+    let case = Case::by_hand(ImageFormat::Oci);
+    case.write("oci:@/oci").unwrap();
+    let before = case.snapshot();
+    let other = File::open(case.path("oci")).unwrap();
+    rustix::fs::flock(&other, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let error = case.write("oci:@/oci").unwrap_err();
+    assert!(matches!(error, OutputError::Busy { .. }), "{error}");
+    assert!(case.snapshot() == before);
+    drop(other);
+    case.write("oci:@/oci").unwrap();
 }
 
 #[test]
@@ -423,9 +462,9 @@ fn concurrent_outputs_to_one_place_leave_one_whole_result() {
             scope.spawn(|| {
                 for _ in 0..5 {
                     case.write("oci-archive:@/o.tar").unwrap();
-                    // Another thread may exchange the directory at any instant; that is its only failure.
+                    // The directory may be in the hands of another thread; that is the only failure.
                     if let Err(error) = case.write("oci:@/oci") {
-                        assert!(matches!(error, OutputError::Destination { .. }), "{error:?}");
+                        assert!(matches!(error, OutputError::Busy { .. }), "{error:?}");
                     }
                 }
             });

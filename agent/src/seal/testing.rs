@@ -50,6 +50,26 @@ pub(crate) fn tar_of(name: &str, content: &[u8]) -> Vec<u8> {
     builder.into_inner().unwrap()
 }
 
+/// A directory for a test, removed with everything below it that its owner may not write to.
+pub(crate) struct Scratch(TempDir);
+
+impl Scratch {
+    pub(crate) fn new() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What this cannot open, TempDir cannot remove; a second panic would hide the first.
+        let _ = Command::new("chmod").args(["-R", "u+rwX"]).arg(self.0.path()).output();
+    }
+}
+
 /// A blob store in a directory of its own.
 pub(crate) struct Store {
     pub(crate) blobs: BlobStore,
@@ -163,7 +183,7 @@ impl Export {
 
     /// What the real buildah builds from a small Dockerfile and pushes with these flags.
     pub(crate) fn by_buildah(format: ImageFormat, push_flags: &[&str]) -> (Self, Digest) {
-        let work = TempDir::new().unwrap();
+        let work = Scratch::new();
         let context = work.path().join("context");
         fs::create_dir(&context).unwrap();
         fs::write(context.join("one"), "first\n").unwrap();

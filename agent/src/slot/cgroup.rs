@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 /// Controllers that a limit needs.
 const CONTROLLERS: [&str; 2] = ["memory", "cpu"];
 /// The period of `cpu.max`, in microseconds: the kernel's default.
-const CPU_PERIOD: u64 = 100_000;
+const CPU_PERIOD: u32 = 100_000;
 
 /// No cgroup limits here, and why.
 #[derive(Debug, thiserror::Error)]
@@ -81,7 +81,12 @@ fn require_controllers(path: &Path) -> Result<(), NoCgroup> {
 
 impl Cgroup {
     /// Makes a cgroup with limits below `parent`.
-    pub(super) fn create(parent: &Path, job: &str, memory: Option<u64>, cpus: Option<f64>) -> io::Result<Self> {
+    pub(super) fn create(
+        parent: &Path,
+        job: &str,
+        memory: Option<u64>,
+        cpus: Option<f64>,
+    ) -> io::Result<Self> {
         let leaf = parent.join(LEAF);
         make_dir(&leaf)?;
         std::fs::write(leaf.join("cgroup.procs"), std::process::id().to_string())?;
@@ -108,7 +113,8 @@ impl Cgroup {
     /// The highest memory use in bytes, if the limit ended something.
     pub(super) fn memory_breach(&self) -> Option<u64> {
         let events = std::fs::read_to_string(self.path.join("memory.events")).ok()?;
-        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse::<u64>().ok()?;
+        let kills =
+            events.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse::<u64>().ok()?;
         let peak = std::fs::read_to_string(self.path.join("memory.peak")).ok();
         (kills > 0).then(|| peak.and_then(|p| p.trim().parse().ok()).unwrap_or(0))
     }
@@ -135,9 +141,13 @@ fn make_dir(path: &Path) -> io::Result<()> {
 }
 
 /// `cpu.max` is quota and period in microseconds (cgroup-v2.rst).
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "CPUs are a small positive number")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "CPUs are a small positive number"
+)]
 fn cpu_max(cpus: f64) -> String {
-    let quota = (cpus * CPU_PERIOD as f64) as u64;
+    let quota = (cpus * f64::from(CPU_PERIOD)) as u64;
     format!("{} {CPU_PERIOD}", quota.max(1_000))
 }
 

@@ -14,7 +14,8 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command as Program};
 use tokio::time::timeout;
 
-use super::wire::{self, Command, Report, SetupError, SlotSpec, Step, StepEnd};
+use super::cgroup::Cgroup;
+use super::wire::{self, Breach, Command, Report, SetupError, SlotSpec, Step, StepEnd};
 use crate::stop::StopSignal;
 
 /// Namespaces, mounts and network take 50 ms; slirp4netns has its own bound of 5 s inside this one.
@@ -22,7 +23,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// Beyond the grace and the shim's own backstop: then the shim itself is stuck.
 const STUCK_AFTER: Duration = Duration::from_secs(15);
 /// Deleting a job directory with a million files takes half a minute on a slow disk.
-const FINISH_TIMEOUT: Duration = Duration::from_secs(300);
+const FINISH_TIMEOUT: Duration = Duration::from_mins(5);
 /// Where the shim finds newuidmap and slirp4netns.
 const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -69,6 +70,7 @@ pub struct Slot {
     child: Child,
     grace: Duration,
     buffer: Vec<u8>,
+    cgroup: Option<Cgroup>,
 }
 
 impl Slot {
@@ -79,8 +81,10 @@ impl Slot {
         ours.set_nonblocking(true).map_err(lost)?;
         send_descriptors(&ours, &files).map_err(|e| lost(e.into()))?;
         let child = spawn(theirs.into(), files.log).map_err(lost)?;
+        let cgroup = limit(spec, &child)?;
         let socket = UnixStream::from_std(ours).map_err(lost)?;
-        let mut slot = Self { socket, child, grace: Duration::from_millis(spec.grace_ms), buffer: Vec::new() };
+        let mut slot =
+            Self { socket, child, grace: Duration::from_millis(spec.grace_ms), buffer: Vec::new(), cgroup };
         slot.write("start", spec).await?;
         match timeout(START_TIMEOUT, slot.next("start")).await {
             Ok(Ok(Report::Ready)) => Ok(slot),
@@ -97,10 +101,10 @@ impl Slot {
     }
 
     /// Runs one step; a stop request ends it by SIGTERM, grace, SIGKILL.
-    pub async fn run(&mut self, step: Step, stop: &mut StopSignal) -> Result<StepEnd, SlotLost> {
+    pub async fn run(&mut self, step: Step, signal: &mut StopSignal) -> Result<StepEnd, SlotLost> {
         self.write("run a step", &Command::Run(step)).await?;
         let mut terminated = false;
-        if stop.current().is_some() {
+        if signal.current().is_some() {
             terminated = true;
             self.write("stop", &Command::Terminate).await?;
         }
@@ -108,20 +112,25 @@ impl Slot {
             let patience = self.grace + STUCK_AFTER;
             tokio::select! {
                 report = self.next("run a step") => match report? {
-                    Report::StepEnded(end) => return Ok(end),
+                    Report::StepEnded(end) => return Ok(self.with_memory_breach(end)),
                     Report::Finished(_) => return Err(unexpected("run a step")),
                     _ => {}
                 },
-                stop = stop.changed() => {
+                request = signal.changed() => {
                     terminated = true;
                     self.write("stop", &Command::Terminate).await?;
-                    if stop.force {
+                    if request.force {
                         self.write("stop", &Command::Terminate).await?;
                     }
                 }
                 () = tokio::time::sleep(patience), if terminated => return Err(self.give_up(patience)),
             }
         }
+    }
+
+    fn with_memory_breach(&self, end: StepEnd) -> StepEnd {
+        let memory = self.cgroup.as_ref().and_then(Cgroup::memory_breach).map(|peak| Breach::Memory { peak });
+        StepEnd { breach: end.breach.or(memory), ..end }
     }
 
     /// Publishes a directory of the job, or deletes published ones.
@@ -193,6 +202,27 @@ impl Slot {
         self.buffer.drain(..end);
         Ok(Some(report))
     }
+}
+
+/// Puts the shim into a cgroup of its own, if limits are set that only a cgroup can hold. Everything that it
+/// starts follows; it has started nothing yet, because it waits for its specification.
+fn limit(spec: &SlotSpec, shim: &Child) -> Result<Option<Cgroup>, SlotLost> {
+    let (memory, cpus) = (spec.limits.memory_bytes, spec.limits.cpus);
+    if memory.is_none() && cpus.is_none() {
+        return Ok(None);
+    }
+    let parent = super::cgroup::delegated().map_err(|e| {
+        SetupError::new(
+            "limit memory and CPU (build.limits.memory, build.limits.cpus)",
+            crate::executor::chain(&e),
+        )
+    })?;
+    let failed = |e: std::io::Error| SetupError::new(format!("make a cgroup below {}", parent.display()), e);
+    let cgroup = Cgroup::create(&parent, &spec.job, memory, cpus).map_err(failed)?;
+    if let Some(pid) = shim.id() {
+        cgroup.adopt(pid).map_err(failed)?;
+    }
+    Ok(Some(cgroup))
 }
 
 fn unexpected(doing: &'static str) -> SlotLost {

@@ -58,7 +58,8 @@ pub fn discover() -> Result<Identity, IdentityError> {
         first_id(&text, &user.name, user.uid.as_raw())
             .ok_or_else(|| IdentityError::NoRange { file, user: user.name.clone() })
     };
-    let ids = IdRange { first_uid: first("/etc/subuid")?, first_gid: first("/etc/subgid")?, count: REQUIRED_IDS };
+    let ids =
+        IdRange { first_uid: first("/etc/subuid")?, first_gid: first("/etc/subgid")?, count: REQUIRED_IDS };
     let drop_to = uid.is_root().then(|| User { uid: user.uid.as_raw(), gid: user.gid.as_raw() });
     Ok(Identity { ids, drop_to })
 }

@@ -243,7 +243,8 @@ fn processes() -> u64 {
         .flatten()
         .filter(|entry| entry.file_name().to_string_lossy().starts_with(|c: char| c.is_ascii_digit()))
         .map(|entry| {
-            let links = std::fs::metadata(entry.path().join("task")).map(|m| std::os::unix::fs::MetadataExt::nlink(&m));
+            let links = std::fs::metadata(entry.path().join("task"))
+                .map(|m| std::os::unix::fs::MetadataExt::nlink(&m));
             links.map_or(1, |n| n.saturating_sub(2).max(1))
         })
         .sum()

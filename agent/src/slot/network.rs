@@ -32,11 +32,11 @@ pub(crate) const RESOLVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 /// Never part of a build's world: link-local, where clouds serve credentials, and "this host".
 const ALWAYS_BLOCKED: [Network; 2] = [
     Network { address: Ipv4Addr::new(169, 254, 0, 0), prefix: 16 },
-    Network { address: Ipv4Addr::new(0, 0, 0, 0), prefix: 8 },
+    Network { address: Ipv4Addr::UNSPECIFIED, prefix: 8 },
 ];
 /// Both halves of the address space: more specific than the default route, which they replace.
 const EVERYTHING: [Network; 2] = [
-    Network { address: Ipv4Addr::new(0, 0, 0, 0), prefix: 1 },
+    Network { address: Ipv4Addr::UNSPECIFIED, prefix: 1 },
     Network { address: Ipv4Addr::new(128, 0, 0, 0), prefix: 1 },
 ];
 
@@ -75,10 +75,19 @@ impl Drop for Slirp {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "the slot owns this process: it is killed and reaped by its owner")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the slot owns this process: it is killed and reaped by its owner"
+)]
 fn spawn(pid: Pid, ready: &OwnedFd, exit: &OwnedFd) -> Result<Child, SetupError> {
     Command::new("slirp4netns")
-        .args(["--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox", "--enable-seccomp"])
+        .args([
+            "--configure",
+            "--mtu=65520",
+            "--disable-host-loopback",
+            "--enable-sandbox",
+            "--enable-seccomp",
+        ])
         .arg(format!("--ready-fd={}", ready.as_raw_fd()))
         .arg(format!("--exit-fd={}", exit.as_raw_fd()))
         .arg(pid.to_string())
@@ -161,7 +170,12 @@ impl Routes {
         self.add(network, RouteType::Unicast, Some(GATEWAY))
     }
 
-    fn add(&mut self, network: Network, kind: RouteType, gateway: Option<Ipv4Addr>) -> Result<(), SetupError> {
+    fn add(
+        &mut self,
+        network: Network,
+        kind: RouteType,
+        gateway: Option<Ipv4Addr>,
+    ) -> Result<(), SetupError> {
         let mut message = RouteMessage::default();
         message.header = RouteHeader {
             address_family: netlink_packet_route::AddressFamily::Inet,
@@ -174,9 +188,10 @@ impl Routes {
         };
         message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(network.address)));
         message.attributes.extend(gateway.map(|g| RouteAttribute::Gateway(RouteAddress::Inet(g))));
-        self.request(RouteNetlinkMessage::NewRoute(message)).or_else(|error| match error.raw_os_error() {
-            Some(libc::EEXIST) => Ok(()),
-            _ => {
+        self.request(RouteNetlinkMessage::NewRoute(message)).or_else(|error| {
+            if let Some(libc::EEXIST) = error.raw_os_error() {
+                Ok(())
+            } else {
                 let what = format!("route {}/{} as {kind:?}", network.address, network.prefix);
                 Err(SetupError::network(what, error))
             }

@@ -85,7 +85,9 @@ fn prepare(this: &Inheritance) -> Result<(), SetupError> {
 fn execute(this: &mut Inheritance, command: Command) -> Option<Report> {
     match command {
         Command::Run(step) => Some(Report::StepEnded(run_step(this, step))),
-        Command::Promote { from, to } => Some(Report::Done(promote(this, &from, &to).map_err(|e| e.to_string()))),
+        Command::Promote { from, to } => {
+            Some(Report::Done(promote(this, &from, &to).map_err(|e| e.to_string())))
+        }
         Command::Remove(names) => Some(Report::Done(remove(this, &names).map_err(|e| e.to_string()))),
         // Between two steps there is nothing to terminate.
         Command::Terminate => None,
@@ -265,10 +267,11 @@ impl<'a> Supervision<'a> {
     }
 
     fn report(mut self) -> StepEnd {
-        let mut end = self.end.take().and_then(init::read_end).unwrap_or(StepEnd {
-            exit: Exit::Killed,
-            ..init::failed("")
-        });
+        let mut end = self
+            .end
+            .take()
+            .and_then(init::read_end)
+            .unwrap_or(StepEnd { exit: Exit::Killed, ..init::failed("") });
         end.breach = self.breach.or(end.breach);
         end.terminated |= self.terminated;
         end.leftovers = leftovers();

@@ -19,7 +19,8 @@ const ROOT_SIZE: &str = "size=64m,mode=0755";
 /// Top-level system directories: real ones are mounted, links of a merged `/usr` are copied.
 const SYSTEM_DIRS: [&str; 5] = ["usr", "bin", "sbin", "lib", "lib64"];
 /// What buildah needs of `/etc`: certificates for `ADD https://…`, and the loader's cache.
-const SYSTEM_FILES: [&str; 5] = ["etc/ssl", "etc/pki", "etc/ca-certificates", "etc/ld.so.cache", "etc/alternatives"];
+const SYSTEM_FILES: [&str; 5] =
+    ["etc/ssl", "etc/pki", "etc/ca-certificates", "etc/ld.so.cache", "etc/alternatives"];
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 const NO_DATA: Option<&str> = None;
 
@@ -73,8 +74,21 @@ fn writable_directories() -> Setup {
 }
 
 fn make_tree() -> Setup {
-    for dir in ["dev", "proc", "sys", "job", "in", "b", "etc", "etc/containers", "etc/kiln", "run", "tmp", "var", "old"]
-    {
+    for dir in [
+        "dev",
+        "proc",
+        "sys",
+        "job",
+        "in",
+        "b",
+        "etc",
+        "etc/containers",
+        "etc/kiln",
+        "run",
+        "tmp",
+        "var",
+        "old",
+    ] {
         make_dir(dir)?;
     }
     for dir in ["dev/shm", "var/tmp", "var/lib", "var/cache", "root"] {
@@ -235,7 +249,11 @@ fn bind_unmasked(source: &str, target: &str) -> Setup {
 }
 
 fn bind_read_only(source: &str, target: &str, directory: bool) -> Setup {
-    if directory { make_dir(target)? } else { make_file(target)? }
+    if directory {
+        make_dir(target)?;
+    } else {
+        make_file(target)?;
+    }
     mount_flags(Some(source), target, None, MsFlags::MS_BIND | MsFlags::MS_REC)?;
     let path = CString::new(target).map_err(|e| SetupError::new(format!("name {target}"), e))?;
     sys::make_read_only(&path).map_err(|e| SetupError::new(format!("make {target} read-only"), e))

@@ -209,9 +209,8 @@ impl Relay {
         if wait.is_some_and(|left| left.is_zero()) {
             return None;
         }
-        let timeout = wait.map_or(PollTimeout::NONE, |left| {
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-        });
+        let timeout =
+            wait.map_or(PollTimeout::NONE, |left| PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
         let mut fds = [
             PollFd::new(self.agent.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.slot.socket.as_fd(), PollFlags::POLLIN),
@@ -219,12 +218,12 @@ impl Relay {
         let _ = poll(&mut fds, timeout);
         let (from_agent, from_slot) = (fds[0].any().unwrap_or(false), fds[1].any().unwrap_or(false));
         if from_slot {
-            self.from_slot()?;
+            self.hear_slot()?;
         }
-        if from_agent { self.from_agent(received) } else { Some(()) }
+        if from_agent { self.hear_agent(received) } else { Some(()) }
     }
 
-    fn from_slot(&mut self) -> Option<()> {
+    fn hear_slot(&mut self) -> Option<()> {
         let report: Report = wire::receive(&mut self.slot.socket).ok().flatten()?;
         if matches!(report, Report::StepEnded(_)) {
             self.kill_at = None;
@@ -235,7 +234,7 @@ impl Relay {
         (!over).then_some(())
     }
 
-    fn from_agent(&mut self, received: &Received) -> Option<()> {
+    fn hear_agent(&mut self, received: &Received) -> Option<()> {
         let command: Command = wire::receive(&mut self.agent).ok().flatten()?;
         if command == Command::Terminate && self.kill_at.is_none() {
             self.kill_at = Some(Instant::now() + Duration::from_millis(received.spec.grace_ms) + BACKSTOP);
@@ -250,7 +249,8 @@ fn delete(received: &Received) -> Result<(), SetupError> {
     let child = spawn(namespaces(), received.spec.ids, |go| {
         let mut byte = [0];
         let _ = nix::unistd::read(go, &mut byte);
-        let result = outer::become_root().and_then(|()| outer::remove_job(received.store.as_fd(), &received.spec.job));
+        let result =
+            outer::become_root().and_then(|()| outer::remove_job(received.store.as_fd(), &received.spec.job));
         let answer = result.map_or_else(|e| e.to_string(), |()| "ok".to_owned());
         let _ = nix::unistd::write(&done_write, answer.as_bytes());
     })?;

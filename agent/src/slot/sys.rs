@@ -20,7 +20,10 @@ pub(super) enum Side {
 ///
 /// Only called in processes with one thread, so the copy is whole: no lock is held by a thread that the
 /// child lacks.
-#[expect(unsafe_code, reason = "clone without a stack, as fork does; nix offers only the form with a callback")]
+#[expect(
+    unsafe_code,
+    reason = "clone without a stack, as fork does; nix offers only the form with a callback"
+)]
 pub(super) fn clone_process(flags: CloneFlags) -> nix::Result<Side> {
     let flags = libc::c_long::from(flags.bits() | libc::SIGCHLD);
     let null = std::ptr::null_mut::<libc::c_void>();
@@ -72,8 +75,7 @@ fn set_read_only(path: &CStr, flags: libc::c_int) -> nix::Result<()> {
 #[expect(unsafe_code, reason = "close_range has no wrapper in nix")]
 pub(super) fn close_on_exec_from(first: u32) -> nix::Result<()> {
     // SAFETY: only flags of descriptors change.
-    let result =
-        unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     nix::errno::Errno::result(result).map(drop)
 }
 

@@ -60,7 +60,7 @@ impl std::fmt::Debug for SlotFile {
 }
 
 /// What one slot may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct SlotLimits {
     /// Processes and threads.
     pub pids: u64,
@@ -70,6 +70,10 @@ pub struct SlotLimits {
     pub file_bytes: u64,
     /// Open files of one process.
     pub open_files: u64,
+    /// Bytes of memory, where cgroup v2 is delegated.
+    pub memory_bytes: Option<u64>,
+    /// CPUs, where cgroup v2 is delegated.
+    pub cpus: Option<f64>,
 }
 
 /// A writable overlay over immutable generations of cache mounts.
@@ -80,7 +84,7 @@ pub struct CacheMount {
 }
 
 /// Everything a slot is made of. Paths are relative to the store directory unless said otherwise.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SlotSpec {
     /// Name of the job directory below `jobs/`.
     pub job: String,
@@ -152,6 +156,11 @@ pub enum Breach {
         /// Highest number seen.
         peak: u64,
     },
+    /// Too much memory.
+    Memory {
+        /// Highest number of bytes seen.
+        peak: u64,
+    },
     /// Too many bytes in the job directory.
     Disk {
         /// Highest number seen.
@@ -214,12 +223,12 @@ pub struct SetupError {
 
 impl SetupError {
     /// An error of everything but the network.
-    pub fn new(what: impl Into<String>, cause: impl ToString) -> Self {
+    pub fn new(what: impl Into<String>, cause: impl std::fmt::Display) -> Self {
         Self { what: what.into(), cause: cause.to_string(), network: false }
     }
 
     /// An error of the network.
-    pub fn network(what: impl Into<String>, cause: impl ToString) -> Self {
+    pub fn network(what: impl Into<String>, cause: impl std::fmt::Display) -> Self {
         Self { what: what.into(), cause: cause.to_string(), network: true }
     }
 }
