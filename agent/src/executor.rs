@@ -21,6 +21,7 @@ use crate::agent::Agent;
 use crate::bases::Base;
 use crate::caches::CacheLease;
 use crate::dockerfile::{BuildInput, Dockerfile};
+use crate::housekeeping;
 use crate::registry::{Credentials, ResolvedImage};
 use crate::seal::Sealed;
 use crate::slot::Slot;
@@ -237,9 +238,20 @@ impl Run {
         let mut slot = self.open_slot(&bases, cache.as_ref(), log).await?;
         let built = self.in_slot(&mut slot, &planned, &bases, cache).await;
         let finished = slot.finish().await;
+        if finished.is_err() {
+            self.sweep_after_loss().await;
+        }
         let built = built?;
         finished.map_err(|e| self.lost(&e))?;
         Ok(built)
+    }
+
+    /// The shim did not live to delete the slot's files.
+    async fn sweep_after_loss(&self) {
+        let paths = vec![housekeeping::slot_directory(self.job.name())];
+        if let Err(error) = housekeeping::remove(&self.agent, paths).await {
+            self.note(format!("the slot's files stay until the next build: {}", chain(&error))).await;
+        }
     }
 
     async fn in_slot(

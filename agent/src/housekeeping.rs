@@ -48,11 +48,15 @@ pub struct Pruned {
 
 /// Deletes the jobs of dead processes. Returns how many there were.
 pub async fn reclaim(agent: &Agent) -> Result<usize, HousekeepingError> {
+    // Before the abandoned ones: a job that ends meanwhile deletes its slot's directory first.
+    let orphans = orphans(agent);
     let abandoned = agent.state.abandoned_jobs()?;
-    if abandoned.is_empty() {
+    if abandoned.is_empty() && orphans.is_empty() {
         return Ok(0);
     }
-    let paths = abandoned.iter().map(|job| format!("jobs/{}", job.name())).collect();
+    let mut paths = orphans;
+    paths.extend(abandoned.iter().map(|job| slot_directory(job.name())));
+    let count = paths.len();
     remove(agent, paths).await?;
     for job in &abandoned {
         let layout = agent.state.path(&format!("store/in/{}", job.name()));
@@ -60,11 +64,24 @@ pub async fn reclaim(agent: &Agent) -> Result<usize, HousekeepingError> {
             std::fs::remove_dir_all(&layout).map_err(|e| StateError::io("delete", &layout, e))?;
         }
     }
-    Ok(abandoned.len())
+    Ok(count)
+}
+
+/// Directories of slots whose agent is gone and whose shim was killed.
+fn orphans(agent: &Agent) -> Vec<String> {
+    let names = list(&agent.state.path("store/jobs"), "").into_iter();
+    let names = names.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()));
+    let orphaned = names.filter(|name| !agent.state.path(&format!("jobs/{name}")).exists());
+    orphaned.map(|name| slot_directory(&name)).collect()
+}
+
+/// Where a slot keeps its files, below the store.
+pub(crate) fn slot_directory(job: &str) -> String {
+    format!("jobs/{job}")
 }
 
 /// Deletes directories below the store.
-async fn remove(agent: &Agent, paths: Vec<String>) -> Result<(), HousekeepingError> {
+pub(crate) async fn remove(agent: &Agent, paths: Vec<String>) -> Result<(), HousekeepingError> {
     let job = agent.state.create_job(&BuildId::generate().to_string())?;
     let (_reader, writer) = bases::log_pipe(&job)?;
     let files = SlotFiles {

@@ -210,6 +210,8 @@ fn pack_into(
         context::pack(context, &ignore, &mut out).map_err(|e| Exit { code: 1, ..Exit::usage(chain(&e)) })?;
     out.flush().map_err(failed)?;
     drop(out);
+    // Only its descriptor is used from here on, so a killed build leaves no context behind.
+    std::fs::remove_file(path).map_err(failed)?;
     Ok((file, packed))
 }
 

@@ -1,5 +1,7 @@
 //! SIGINT, SIGTERM and SIGHUP cancel; a second one leaves at once (edge).
 
+use std::time::{Duration, Instant};
+
 use kiln_agent::stop::{StopReason, Stopper};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -7,6 +9,9 @@ use crate::app::Exit;
 
 /// Exit code of a cancelled command.
 const CANCELLED: i32 = 130;
+
+/// `timeout` and shells signal the process and its group: both mean one wish.
+const SAME_SIGNAL: Duration = Duration::from_millis(500);
 
 /// The three signals that people and Jenkins send.
 pub(crate) struct Signals([Signal; 3]);
@@ -36,7 +41,10 @@ impl Signals {
         self.next().await;
         say("cancelling; a second signal leaves at once");
         stopper.request(StopReason::Cancelled);
-        self.next().await;
+        let first = Instant::now();
+        while first.elapsed() < SAME_SIGNAL {
+            self.next().await;
+        }
         leave()
     }
 }

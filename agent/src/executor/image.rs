@@ -10,6 +10,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 use super::prepare::store_names;
 use super::{Attempt, Built, Named, Planned, Run, chain};
+use crate::housekeeping;
 use crate::plan::{self, PlanInput};
 use crate::seal::{self, BaseLayer, SealLimits, SealOptions};
 use crate::slot::Slot;
@@ -96,7 +97,7 @@ impl Run {
     }
 
     fn job_path(&self) -> String {
-        format!("jobs/{}", self.job.name())
+        housekeeping::slot_directory(self.job.name())
     }
 
     fn store(&self) -> Attempt<std::fs::File> {

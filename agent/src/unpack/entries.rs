@@ -188,6 +188,10 @@ impl<'r> Entries<'r> {
             return Err(self.malformed(Defect::ConflictingExtensions));
         }
         let mut text = self.extension(header)?;
+        // GNU tar reads on behind the declared size until it finds one.
+        if text.last() != Some(&0) {
+            return Err(self.malformed(Defect::Unterminated));
+        }
         let end = text.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
         text.truncate(end);
         *slot(pending) = Some(text);

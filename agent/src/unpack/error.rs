@@ -284,6 +284,9 @@ pub enum Defect {
     /// An extension header that belongs to no entry.
     #[error("an extension header without an entry after it")]
     DanglingExtension,
+    /// A GNU long name or link target that does not say where it ends.
+    #[error("a long name without the zero byte that ends it")]
+    Unterminated,
     /// A link target given for something that is not a link.
     #[error("an extended link target for something that is not a link")]
     StrayLinkTarget,

@@ -17,7 +17,7 @@ pub struct Limits {
     /// as well as disk. Default 4 GiB: contexts beyond it are nearly always a forgotten `.dockerignore`.
     pub max_unpacked_bytes: u64,
     /// Entries, and the directories that their paths imply. Default 200,000: a large JavaScript tree has about
-    /// half of it, and each one costs an inode and up to 300 bytes of memory while unpacking.
+    /// half of it, and each one costs an inode and up to 400 bytes of memory while unpacking.
     pub max_entries: u64,
     /// How many bytes may come out of one compressed byte, once `ratio_floor_bytes` have come out. Default 200:
     /// text and logs stay under 50, a bomb reaches 1,000 with gzip and far more with zstd.
