@@ -41,7 +41,7 @@ struct Rule {
 /// the text of a RUN instruction is the user's.
 const RULES: &[Rule] = &[
     Rule {
-        pattern: r"(?i)no space left on device|disk quota exceeded",
+        pattern: r"(?i)no space left on device|disk quota exceeded|io: read/write on closed pipe",
         reason: Reason::DiskFull,
         hint: Some("free space below the data directory: `kiln prune`"),
     },
@@ -61,18 +61,17 @@ const RULES: &[Rule] = &[
         hint: Some("run `kiln doctor`"),
     },
     Rule {
-        pattern: r"(?i)layer not known|identifier is not a (layer|container|image)|not found in layer tree|incomplete layer",
+        pattern: r"(?i)image not known|layer not known|identifier is not a (layer|container|image)|not found in layer tree|incomplete layer",
         reason: Reason::StoreCorrupt,
         hint: Some("`kiln prune --all` deletes the local stores; they are made again"),
     },
-    Rule { pattern: r"(?i)image not known", reason: Reason::NotFound, hint: None },
     Rule {
-        pattern: r"(?i)unknown instruction|dockerfile parse error|syntax error|unknown flag|missing instruction|bad mount option|invalid mount option|unsupported mount|target .* not found|failed to find.* stage|no FROM statement",
+        pattern: r"(?i)unknown instruction|dockerfile parse error|syntax error|unknown flag|missing instruction|bad mount option|invalid mount option|unsupported mount|target .* not found|target .* was not found|failed to find.* stage|no FROM statement",
         reason: Reason::BadRequest,
         hint: None,
     },
     Rule {
-        pattern: r"(?i)no such file or directory|not a directory|no items matching|possible escaping context",
+        pattern: r"(?i)checking on sources under|no items matching|possible escaping context",
         reason: Reason::NotFound,
         hint: Some("check the path, and whether .dockerignore excludes it"),
     },
@@ -151,12 +150,15 @@ fn last_error(stderr: &str) -> &str {
     }
 }
 
-/// Splits `building at STEP "TEXT": CAUSE`. TEXT is the user's, so the split is at the last `": `.
+/// Splits `building at STEP "TEXT": CAUSE`. The text of a RUN may hold anything, and its cause is short: split
+/// at the last `": `. Causes of other instructions quote paths, their texts hardly ever end in a quote.
 fn split_step(error: &str) -> (Option<&str>, &str) {
     let Some(rest) = error.split_once("building at STEP \"").map(|(_, rest)| rest) else {
         return (None, error);
     };
-    match rest.rfind("\": ") {
+    let run = rest.trim_start().to_ascii_uppercase().starts_with("RUN");
+    let border = if run { rest.rfind("\": ") } else { rest.find("\": ") };
+    match border {
         Some(at) => (Some(&rest[..at]), &rest[at + 3..]),
         None => (Some(rest), ""),
     }
@@ -166,4 +168,126 @@ fn split_step(error: &str) -> (Option<&str>, &str) {
 fn run_exit_code(cause: &str) -> Option<i32> {
     let code = cause.trim().strip_prefix("while running runtime: ").unwrap_or(cause.trim());
     code.strip_prefix("exit status ")?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn end(stderr: &str) -> StepEnd {
+        StepEnd {
+            exit: Exit::Code(125),
+            stderr: stderr.to_owned(),
+            breach: None,
+            terminated: false,
+            leftovers: 0,
+        }
+    }
+
+    /// What buildah 1.28.2 wrote to its standard error, and what that means.
+    const CAPTURED: &[(&str, Reason, Option<i32>)] = &[
+        ("Error: building at STEP \"RUN exit 37\": exit status 37\n", Reason::BuildFailed, Some(37)),
+        ("Error: building at STEP \"RUN nosuchcmd\": exit status 127\n", Reason::BuildFailed, Some(127)),
+        ("Error: building at STEP \"RUN exit 125\": exit status 125\n", Reason::BuildFailed, Some(125)),
+        ("Error: building at STEP \"RUN kill -9 $$\": exit status 1\n", Reason::BuildFailed, Some(1)),
+        ("Error: building at STEP \"RUN exit 153\": exit status 153\n", Reason::LimitExceeded, Some(153)),
+        (
+            "Error: building at STEP \"RUN echo \"a\\\": exit status 9\" && exit 3\": exit status 3\n",
+            Reason::BuildFailed,
+            Some(3),
+        ),
+        (
+            "Error: building at STEP \"COPY x /x\": checking on sources under \"/job/ctx\": copier: stat: \"/x\": no such file or directory\n",
+            Reason::NotFound,
+            None,
+        ),
+        (
+            "Error: building at STEP \"ADD http://127.0.0.1:9/x /x\": reading \"http://127.0.0.1:9/x\": Get \"http://127.0.0.1:9/x\": dial tcp 127.0.0.1:9: connect: connection refused\n",
+            Reason::Network,
+            None,
+        ),
+        (
+            "Error: building at STEP \"RUN --mount=type=foo,target=/x true\": resolving mountpoints for container \"883d\": invalid mount type \"foo\"\n",
+            Reason::BadRequest,
+            None,
+        ),
+        (
+            "Error: building at STEP \"RUN --mount=type=secret,id=zz,required=true true\": resolving mountpoints for container \"77a0\": secret required but no secret with id zz found\n",
+            Reason::BadRequest,
+            None,
+        ),
+        (
+            "Error: building at STEP \"RUN true\": determining run uid: user: unknown user error looking up user \"nosuch\"\n",
+            Reason::BuildFailed,
+            None,
+        ),
+        (
+            "Error: building at STEP \"WORKDIR /f/x\": copier: mkdir: error checking directory \"/f/x\": mkdir /f/x: not a directory\n",
+            Reason::BuildFailed,
+            None,
+        ),
+        (
+            "Error: committing container for step {Env:[PATH=/bin] Command:run}: storing layer \"077f\" to file: io: read/write on closed pipe\n",
+            Reason::DiskFull,
+            None,
+        ),
+        (
+            "time=\"x\" level=error msg=\"y\"\nError: write /job/run/.tmp-mountpoints.json1: no space left on device\n",
+            Reason::DiskFull,
+            None,
+        ),
+        ("Error: creating build container: busybox:1: image not known\n", Reason::StoreCorrupt, None),
+        ("Error: layer not known\n", Reason::StoreCorrupt, None),
+        (
+            "Error: cannot clone: newuidmap: open of uid_map failed: Permission denied\n",
+            Reason::NodeUnfit,
+            None,
+        ),
+        (
+            "level=error msg=\"signal: killed\"\nlevel=error msg=\"(Unable to determine exit status)\"\n",
+            Reason::OutOfMemory,
+            None,
+        ),
+        ("Error: The target \"nope\" was not found in the provided Dockerfile\n", Reason::BadRequest, None),
+        ("Error: something nobody has seen\n", Reason::Unknown, None),
+        ("", Reason::Unknown, None),
+    ];
+
+    #[test]
+    fn captured_errors_mean_what_the_table_says() {
+        for (stderr, reason, code) in CAPTURED {
+            let verdict = classify(&end(stderr));
+            assert_eq!((verdict.reason, verdict.run_exit_code), (*reason, *code), "{stderr}");
+            assert!(!verdict.message.is_empty(), "{stderr}");
+        }
+    }
+
+    #[test]
+    fn the_text_of_an_instruction_decides_nothing() {
+        for text in ["no space left on device", "image not known", "connection refused", "newuidmap"] {
+            let stderr = format!("Error: building at STEP \"RUN echo {text}; exit 1\": exit status 1\n");
+            assert_eq!(classify(&end(&stderr)).reason, Reason::BuildFailed, "{text}");
+            let stderr = format!("Error: building at STEP \"COPY \"{text}\" /x\": user: unknown user\n");
+            assert_eq!(classify(&end(&stderr)).reason, Reason::BuildFailed, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_failing_step_is_named_whole() {
+        let stderr = "Error: building at STEP \"RUN a \"b\": c\": exit status 3\n";
+        assert_eq!(classify(&end(stderr)).step.as_deref(), Some("RUN a \"b\": c"));
+    }
+
+    #[test]
+    fn every_rule_is_a_regular_expression() {
+        assert!(COMPILED.iter().all(|(regex, _)| regex.is_some()));
+    }
+
+    #[test]
+    fn an_end_without_a_word_is_told_by_its_exit() {
+        let killed = StepEnd { exit: Exit::Killed, ..end("") };
+        assert_eq!(classify(&killed).reason, Reason::OutOfMemory);
+        let signal = StepEnd { exit: Exit::Signal(11), ..end("") };
+        assert!(classify(&signal).message.contains("signal 11"));
+    }
 }

@@ -206,6 +206,22 @@ pub fn config_difference(kiln: &Image, plain: &Image) -> Option<String> {
     (!lines.is_empty()).then(|| lines.join("\n"))
 }
 
+/// A word of a history entry without what depends on more than the build: the name of a base is the one in
+/// the Dockerfile or the full one; a stage is named by its id, which covers times; the digest of what was
+/// copied covers the name that the machine's user database gives to group 0 (the content is compared in the
+/// layers).
+fn comparable_word(word: &str) -> &str {
+    let is_hex = |text: &str| text.bytes().all(|b| b.is_ascii_hexdigit());
+    match word.split_once(':') {
+        Some((kind @ ("file" | "dir" | "multi"), hash)) if hash.len() == 64 && is_hex(hash) => kind,
+        None if word.len() == 12 && is_hex(word) => "STAGE",
+        _ => {
+            let word = word.strip_prefix("docker.io/").unwrap_or(word);
+            word.strip_prefix("library/").unwrap_or(word)
+        }
+    }
+}
+
 fn differences(path: &str, kiln: &Value, plain: &Value, lines: &mut Vec<String>) {
     match (kiln, plain) {
         (Value::Object(k), Value::Object(p)) => {
@@ -239,10 +255,10 @@ fn comparable(config: &Value) -> Value {
     for item in top.get_mut("history").and_then(Value::as_array_mut).into_iter().flatten() {
         let item = item.as_object_mut().unwrap();
         item.remove("created");
-        // Kiln's stores know an image by the name in the Dockerfile, plain buildah's by the full one.
-        if let Some(Value::String(comment)) = item.get_mut("comment") {
-            *comment =
-                comment.replace("FROM docker.io/library/", "FROM ").replace("FROM docker.io/", "FROM ");
+        for key in ["comment", "created_by"] {
+            if let Some(Value::String(text)) = item.get_mut(key) {
+                *text = text.split(' ').map(comparable_word).collect::<Vec<_>>().join(" ");
+            }
         }
     }
     config

@@ -4,10 +4,13 @@ use kiln_protocol::Reason;
 use kiln_protocol::result::{Failure, LimitReport, Location};
 
 use super::{Run, chain};
-use crate::classify;
+use crate::classify::{self, Verdict};
 use crate::dockerfile::{Dockerfile, DockerfileError};
 use crate::slot::SlotLost;
 use crate::slot::wire::{Breach, StepEnd};
+
+/// Less than one layer of anything: whatever failed, it failed for want of space.
+const FULL_BELOW_BYTES: u64 = 32 * 1024 * 1024;
 
 impl Run {
     /// A failure of the present phase.
@@ -55,13 +58,26 @@ impl Run {
         if let Some(breach) = end.breach {
             return self.over_limit(breach);
         }
-        let verdict = classify::classify(end);
+        let verdict = self.unless_disk_full(classify::classify(end));
         let instruction = verdict.step.as_deref().zip(dockerfile).and_then(|(text, file)| file.locate(text));
         Failure {
             location: instruction.map(|i| self.location(i.start_line)),
             hint: verdict.hint.map(str::to_owned),
             run_exit_code: verdict.run_exit_code,
             ..self.fail(verdict.reason, verdict.message)
+        }
+    }
+
+    /// A command that cannot write says so in words of its own; the file system says it in numbers.
+    fn unless_disk_full(&self, verdict: Verdict) -> Verdict {
+        match self.agent.state.free_bytes() {
+            Ok(free) if free < FULL_BELOW_BYTES => Verdict {
+                reason: Reason::DiskFull,
+                hint: Some("free space below the data directory: `kiln prune`"),
+                ..verdict
+            },
+            // Unknown free space changes no verdict.
+            Ok(_) | Err(_) => verdict,
         }
     }
 

@@ -39,7 +39,6 @@ impl Run {
         let ca_targets = self.ca_targets(bases);
         let input = PlanInput {
             request: &self.request,
-            buildah: self.agent.buildah,
             target: planned.target.as_deref(),
             forced_args: &planned.forced_args,
             base_stores: store_names(bases).len(),
