@@ -66,7 +66,7 @@ const RULES: &[Rule] = &[
         hint: Some("`kiln prune --all` deletes the local stores; they are made again"),
     },
     Rule {
-        pattern: r"(?i)unknown instruction|dockerfile parse error|syntax error|unknown flag|missing instruction|bad mount option|invalid mount option|unsupported mount|target .* not found|target .* was not found|failed to find.* stage|no FROM statement",
+        pattern: r"(?i)unknown instruction|dockerfile parse error|syntax error|unknown flag|missing instruction|bad mount option|invalid mount (option|type)|unsupported mount|target .* not found|target .* was not found|failed to find.* stage|no FROM statement",
         reason: Reason::BadRequest,
         hint: None,
     },
