@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use kiln_agent::agent::Agent;
 use kiln_agent::config::Config;
@@ -18,7 +19,7 @@ use kiln_agent::stop::{self, StopSignal};
 use kiln_agent::unpack::{self, Limits};
 use kiln_agent::{housekeeping, logs::display};
 use kiln_protocol::request::{BuildRequest, ImageFormat};
-use kiln_protocol::result::Failure;
+use kiln_protocol::result::{Failure, Phase, PhaseDuration};
 use kiln_protocol::{BuildId, Reason};
 use tokio::sync::mpsc;
 
@@ -123,9 +124,10 @@ async fn cancellable(plan: Plan) -> Result<u8, Exit> {
 }
 
 async fn execute(plan: Plan, mut stop: StopSignal) -> Result<u8, Exit> {
+    let mut clock = Clock::start();
     let agent = Arc::new(paths::open_agent(plan.config.clone(), &plan.data)?);
     let prepared = tokio::select! {
-        prepared = prepare(&plan, &agent) => prepared?,
+        prepared = prepare(&plan, &agent, &mut clock) => prepared?,
         _ = stop.stopped() => return Ok(CANCELLED),
     };
     let (events, receiver) = mpsc::channel(EVENT_BUFFER);
@@ -135,7 +137,7 @@ async fn execute(plan: Plan, mut stop: StopSignal) -> Result<u8, Exit> {
     let (finished, ()) = tokio::join!(work, print(&plan.printer, receiver));
     let finished = finished.map_err(|e| Exit::system(chain(&e)))?;
     // On a thread of its own, so that a signal can stop the writing.
-    let concluding = tokio::task::spawn_blocking(move || conclude(&plan, &agent, &finished, &signal));
+    let concluding = tokio::task::spawn_blocking(move || conclude(&plan, &agent, &finished, &signal, clock));
     concluding.await.map_err(|e| Exit::system(format!("write the outputs: {e}")))?
 }
 
@@ -145,13 +147,32 @@ async fn print(printer: &Printer, mut events: mpsc::Receiver<Event>) {
     }
 }
 
+/// What the client's own parts of a build take.
+struct Clock {
+    began: Instant,
+    phases: Vec<PhaseDuration>,
+}
+
+impl Clock {
+    fn start() -> Self {
+        Self { began: Instant::now(), phases: Vec::new() }
+    }
+
+    /// Ends a part; the next one begins.
+    fn lap(&mut self, phase: Phase) {
+        let milliseconds = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.phases.push(PhaseDuration { phase, milliseconds });
+        self.began = Instant::now();
+    }
+}
+
 struct Prepared {
     build: BuildId,
     job: Job,
     inputs: BuildInputs,
 }
 
-async fn prepare(plan: &Plan, agent: &Agent) -> Result<Prepared, Exit> {
+async fn prepare(plan: &Plan, agent: &Agent, clock: &mut Clock) -> Result<Prepared, Exit> {
     match housekeeping::reclaim(agent).await {
         Ok(0) => {}
         Ok(count) => plan.printer.say(&format!("cleaned up after {count} builds that were killed")),
@@ -165,7 +186,9 @@ async fn prepare(plan: &Plan, agent: &Agent) -> Result<Prepared, Exit> {
     });
     let (build, job) = opened.map_err(|e| Exit::system(chain(&e)).with_hint("run `kiln prune`"))?;
     plan.printer.say(&format!("build {build}"));
+    clock.lap(Phase::Start);
     let archive = pack(plan, &job).await?;
+    clock.lap(Phase::Pack);
     let credentials = find_credentials(plan, agent).await?;
     let inputs = BuildInputs { archive, secrets: plan.secrets.clone(), credentials };
     Ok(Prepared { build, job, inputs })
@@ -234,11 +257,21 @@ fn registry_names(plan: &Plan, agent: &Agent) -> Vec<String> {
     endpoints.flatten().map(|endpoint| endpoint.credential_key()).collect()
 }
 
-fn conclude(plan: &Plan, agent: &Agent, finished: &Finished, stop: &StopSignal) -> Result<u8, Exit> {
+fn conclude(
+    plan: &Plan,
+    agent: &Agent,
+    finished: &Finished,
+    stop: &StopSignal,
+    mut clock: Clock,
+) -> Result<u8, Exit> {
+    clock.phases.extend(&finished.result.phases);
+    clock.began = Instant::now();
     let should_stop = || stop.current().is_some();
     match (&finished.result.outcome, &finished.image) {
         (Ok(image), Some(sealed)) => {
             let written = write_outputs(plan, agent, finished, sealed, &should_stop)?;
+            clock.lap(Phase::Output);
+            write_metadata(plan, finished, sealed, &clock.phases)?;
             plan.printer.success(image, &finished.result, &written);
             Ok(0)
         }
@@ -264,15 +297,24 @@ fn write_outputs(
     for spec in &plan.outputs {
         write_output(agent, finished, sealed, &writer, spec).map_err(|e| output_failed(&e))?;
     }
+    Ok(plan.args.output.clone())
+}
+
+fn write_metadata(
+    plan: &Plan,
+    finished: &Finished,
+    sealed: &Sealed,
+    phases: &[PhaseDuration],
+) -> Result<(), Exit> {
     if let Some(path) = &plan.args.iidfile {
         output::write_text(path, &output::image_id(&sealed.image.config_digest))
             .map_err(|e| output_failed(&e))?;
     }
     if let Some(path) = &plan.args.metadata_file {
-        let metadata = output::metadata(&finished.result.build_id, Some(sealed), &finished.result.phases);
+        let metadata = output::metadata(&finished.result.build_id, Some(sealed), phases);
         output::write_text(path, &format!("{metadata:#}\n")).map_err(|e| output_failed(&e))?;
     }
-    Ok(plan.args.output.clone())
+    Ok(())
 }
 
 fn output_failed(error: &output::OutputError) -> Exit {

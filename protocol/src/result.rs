@@ -9,6 +9,10 @@ use crate::{BuildId, Digest, Reason};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
+    /// Open the data directory and clean up what killed builds left.
+    Start,
+    /// Pack the context, in the client.
+    Pack,
     /// Read the request and the Dockerfile.
     Plan,
     /// Resolve and fetch base images.
@@ -31,6 +35,8 @@ impl Phase {
     /// The name on the wire, in messages and in metric labels.
     pub const fn label(self) -> &'static str {
         match self {
+            Self::Start => "start",
+            Self::Pack => "pack",
             Self::Plan => "plan",
             Self::Fetch => "fetch",
             Self::Slot => "slot",

@@ -127,6 +127,12 @@ impl Image {
         &self.layers[base_layers..]
     }
 
+    /// Digests of the layers: the same for the same input and a fixed time. The id of a docker image is not,
+    /// because buildah writes the name of its working container into the config.
+    pub fn diff_ids(&self) -> &Value {
+        &self.config["rootfs"]["diff_ids"]
+    }
+
     /// A path of the topmost layer that has it.
     pub fn entry(&self, path: &str) -> Option<&Entry> {
         self.layers.iter().rev().find_map(|layer| layer.get(path))
@@ -185,6 +191,26 @@ fn read_layer(bytes: &[u8]) -> Layer {
             mtime: header.mtime().unwrap(),
         };
         layer.insert(path, value);
+    }
+    equal_hard_links(layer)
+}
+
+/// Which name of a file comes first in a layer depends on the order of a directory: every name gets the
+/// content, and the first name in alphabetical order as its link.
+fn equal_hard_links(mut layer: Layer) -> Layer {
+    let links: Vec<_> = layer.iter().filter(|(_, entry)| entry.kind == EntryType::Link).collect();
+    let mut groups: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (path, entry) in links {
+        groups.entry(entry.link.clone()).or_default().push(path.clone());
+    }
+    for (target, mut names) in groups {
+        names.push(target.clone());
+        names.sort();
+        let first = names[0].clone();
+        let content = layer[&target].clone();
+        for name in names {
+            layer.insert(name, Entry { link: first.clone(), ..content.clone() });
+        }
     }
     layer
 }

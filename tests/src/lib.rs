@@ -14,4 +14,7 @@ pub mod plain;
 pub mod process;
 pub mod proxy;
 pub mod registry;
+pub mod resolver;
+pub mod site;
 pub mod tree;
+pub mod world;

@@ -62,14 +62,30 @@ impl Plain {
         run(&mut command, LIMIT)
     }
 
-    /// Reads the image that the last build made.
-    pub fn image(&self) -> Image {
+    /// Pulls an image, or finds that it is still the same.
+    pub fn pull(&self, name: &str) {
+        let mut command = self.buildah();
+        command.arg("pull").arg("--signature-policy").arg(self.dir.join("policy.json")).arg("--quiet").arg(name);
+        let _ = run(&mut command, LIMIT).expect_code(0);
+    }
+
+    /// Writes the image that the last build made as a `dir:` layout.
+    pub fn push(&self, layout: &Path) {
+        self.write_layout(layout, &[]);
+    }
+
+    fn write_layout(&self, layout: &Path, flags: &[&str]) {
         let id = std::fs::read_to_string(self.dir.join("id")).unwrap();
-        let layout = self.dir.join("layout");
         let mut command = self.buildah();
         command.arg("push").arg("--signature-policy").arg(self.dir.join("policy.json")).arg("--quiet");
-        command.arg("--disable-compression").arg(id.trim()).arg(format!("dir:{}", layout.display()));
+        command.args(flags).arg(id.trim()).arg(format!("dir:{}", layout.display()));
         let _ = run(&mut command, LIMIT).expect_code(0);
+    }
+
+    /// Reads the image that the last build made.
+    pub fn image(&self) -> Image {
+        let layout = self.dir.join("layout");
+        self.write_layout(&layout, &["--disable-compression"]);
         Image::dir(&layout)
     }
 }

@@ -1,0 +1,7 @@
+#!/bin/sh
+# What Kiln adds to the same calls of buildah by hand, with the release binary. Figures: docs/performance.md.
+set -eu
+cd "$(dirname "$0")/.."
+cargo build --locked --release --package=kiln --bin=kiln
+target=$(cargo metadata --format-version=1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+KILN_BIN=$target/release/kiln cargo bench --locked --package=kiln-tests --bench=overhead
