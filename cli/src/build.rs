@@ -227,13 +227,15 @@ fn pack_into(
 ) -> Result<(File, context::Packed), Exit> {
     let ignore = context::load(context, dockerfile).map_err(|e| Exit::usage(chain(&e)))?;
     let failed = |e: std::io::Error| Exit::system(format!("{}: {e}", path.display()));
-    let file = File::options().read(true).write(true).create_new(true).open(path).map_err(failed)?;
+    let file = File::options().write(true).create_new(true).open(path).map_err(failed)?;
     let mut out = std::io::BufWriter::with_capacity(256 * 1024, &file);
     let packed =
         context::pack(context, &ignore, &mut out).map_err(|e| Exit { code: 1, ..Exit::usage(chain(&e)) })?;
     out.flush().map_err(failed)?;
     drop(out);
-    // Only its descriptor is used from here on, so a killed build leaves no context behind.
+    drop(file);
+    // Only a descriptor that cannot write is used from here on, so a killed build leaves no context behind.
+    let file = File::open(path).map_err(failed)?;
     std::fs::remove_file(path).map_err(failed)?;
     Ok((file, packed))
 }

@@ -2,7 +2,11 @@
 //!
 //! Both run alternately against the same registry on the same machine, so that a noisy neighbour meets both;
 //! the median of the differences is the figure. `make bench` runs it with the release binary.
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark fails by panicking and reports by printing")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a benchmark fails by panicking and reports by printing"
+)]
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -65,7 +65,12 @@ impl Plain {
     /// Pulls an image, or finds that it is still the same.
     pub fn pull(&self, name: &str) {
         let mut command = self.buildah();
-        command.arg("pull").arg("--signature-policy").arg(self.dir.join("policy.json")).arg("--quiet").arg(name);
+        command
+            .arg("pull")
+            .arg("--signature-policy")
+            .arg(self.dir.join("policy.json"))
+            .arg("--quiet")
+            .arg(name);
         let _ = run(&mut command, LIMIT).expect_code(0);
     }
 

@@ -83,7 +83,8 @@ pub fn privileged(name: &str, body: impl FnOnce() + Send) {
     std::thread::scope(|scope| {
         let inner = move || {
             unshare(CloneFlags::CLONE_NEWNS).unwrap();
-            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>).unwrap();
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)
+                .unwrap();
             body();
         };
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn_scoped(scope, inner).unwrap();
@@ -129,7 +130,11 @@ fn make(plan: &Plan) -> World {
     let port = SocketAddr::new(plan.resolver.unwrap_or(SERVER).into(), 53);
     let (answer, resolver) = channel();
     let listen = move || drop(answer.send(Resolver::start(port, SERVER)));
-    if plan.resolver.is_some() { listen() } else { beyond.send(Box::new(listen)).unwrap() }
+    if plan.resolver.is_some() {
+        listen()
+    } else {
+        beyond.send(Box::new(listen)).unwrap()
+    }
     let resolver = resolver.recv().unwrap();
     let names = write(&format!("nameserver {}\n", port.ip()));
     cover(Path::new("/etc/resolv.conf"), names.path());

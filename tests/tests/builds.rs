@@ -189,11 +189,16 @@ fn modes() {
     assert_eq!(image.entry("m/400").unwrap().mode, 0o400);
 }
 
+/// Those of RUN stay links; those of a context become files of their own, as their archive has no inodes.
 #[test]
 fn hard_links() {
     let lab = lab("FROM busybox:1\nCOPY . /h/\nRUN echo x > /one && ln /one /two && ln /one /bin/three\n");
     lab.context.file("first", "same").dir("d", 0o755).hard_link("d/second", "first");
-    lab.compare(&[]);
+    let separate = Lab::new();
+    separate.context.file("first", "same").file("d/second", "same");
+    let image = lab.compare_with(&[], separate.context.path());
+    assert_eq!(image.entry("two").unwrap().link, "bin/three");
+    assert_eq!(image.entry("h/first").unwrap().link, "");
 }
 
 #[test]

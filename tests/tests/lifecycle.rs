@@ -67,15 +67,15 @@ impl Place {
 }
 
 fn successful(stray: &str) {
-    let place = Place::new(stray, "exit 0");
-    let _ = place.lab.build_archive().run().expect_code(0);
+    let place = Place::new(stray, "sleep 1; exit 0");
+    let _ = place.under_way().wait().expect_code(0);
     place.assert_clean();
     assert!(place.lab.archive().exists());
 }
 
 fn failed(stray: &str) {
-    let place = Place::new(stray, "exit 7");
-    let _ = place.lab.build_archive().run().expect_code(1);
+    let place = Place::new(stray, "sleep 1; exit 7");
+    let _ = place.under_way().wait().expect_code(1);
     place.assert_clean();
 }
 

@@ -1,6 +1,7 @@
 //! From what went wrong to what the user reads (pure).
 
 use kiln_protocol::Reason;
+use kiln_protocol::request::NetworkMode;
 use kiln_protocol::result::{Failure, LimitReport, Location};
 
 use super::{Run, chain};
@@ -60,11 +61,25 @@ impl Run {
         }
         let verdict = self.unless_disk_full(classify::classify(end));
         let instruction = verdict.step.as_deref().zip(dockerfile).and_then(|(text, file)| file.locate(text));
+        let hint = verdict.hint.map(str::to_owned).or_else(|| self.network_hint(verdict.run_exit_code));
         Failure {
             location: instruction.map(|i| self.location(i.start_line)),
-            hint: verdict.hint.map(str::to_owned),
+            hint,
             run_exit_code: verdict.run_exit_code,
             ..self.fail(verdict.reason, verdict.message)
+        }
+    }
+
+    /// A command that meets a closed network only says that it cannot connect.
+    fn network_hint(&self, run_exit_code: Option<i32>) -> Option<String> {
+        run_exit_code?;
+        match self.request.network {
+            NetworkMode::None => Some("RUN has no network: --network=none was asked for".to_owned()),
+            NetworkMode::Isolated if self.agent.config.network.allow.is_some() => Some(
+                "RUN reaches only what network.allow lists; add the destination there if it needs more"
+                    .to_owned(),
+            ),
+            NetworkMode::Isolated | NetworkMode::UnsafeHost => None,
         }
     }
 

@@ -246,6 +246,5 @@ fn spawn(socket: OwnedFd, log: OwnedFd) -> std::io::Result<Child> {
         .stdin(socket)
         .stdout(log)
         .stderr(Stdio::inherit())
-        .process_group(0)
         .spawn()
 }

@@ -3,7 +3,7 @@
 //! The only place with `nix` and `unsafe`. Processes, from the outside in:
 //!
 //! ```text
-//! agent ── socket ──► shim            own process group, one thread, the agent's user
+//! agent ── socket ──► shim            own session and process group, one thread, the agent's user
 //!                      └─ outer       PID 1: user, PID, mount, IPC, UTS, network namespaces; builds the root
 //!                          └─ init    PID 1 of one step, in a nested user namespace: mounts are locked
 //!                              └─ buildah and everything a RUN step starts

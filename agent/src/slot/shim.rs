@@ -26,8 +26,27 @@ use super::wire::{self, Command, IdRange, Report, SetupError, SlotSpec};
 
 /// After the grace, this long for the kernel to take a slot apart before the shim kills it as a whole.
 const BACKSTOP: Duration = Duration::from_secs(5);
+/// Halfway between an ordinary process (0) and the first to be killed (1000).
+const OOM_SCORE: &str = "500";
 /// Descriptors that the agent sends: store, lock, and perhaps the context archive.
 const MAX_DESCRIPTORS: usize = 3;
+
+/// Leaves everything of the agent's that a process inherits and a build must not have.
+fn detach() -> nix::Result<()> {
+    // A session of its own has no terminal: nobody can type into the user's.
+    nix::unistd::setsid()?;
+    match sys::leave_keyring() {
+        // Kernels without keyrings have nothing to leave.
+        Ok(()) | Err(nix::errno::Errno::ENOSYS) => {}
+        Err(error) => return Err(error),
+    }
+    // The agent reads what a slot exports.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    // If memory runs out, a build dies before the agent. Raising the score needs no privilege; a kernel
+    // that refuses only chooses less well.
+    let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+    Ok(())
+}
 
 struct Received {
     spec: SlotSpec,
@@ -42,6 +61,9 @@ pub(super) fn run() -> i32 {
     // Signals of a terminal reach only the agent (own process group); those for us are read, not taken.
     let mask: SigSet = SigSet::all();
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&mask), None);
+    if detach().is_err() {
+        return 1;
+    }
     let Ok(stdin) = std::io::stdin().as_fd().try_clone_to_owned() else { return 1 };
     let mut agent = UnixStream::from(stdin);
     let Ok(received) = receive(&mut agent) else { return 1 };

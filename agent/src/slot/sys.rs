@@ -88,6 +88,16 @@ pub(super) fn close_range(first: u32, last: u32) -> nix::Result<()> {
     nix::errno::Errno::result(result).map(drop)
 }
 
+/// Leaves the session keyring of whoever started the agent: its keys would be a build's to read.
+#[expect(unsafe_code, reason = "keyctl has no wrapper in nix")]
+pub(super) fn leave_keyring() -> nix::Result<()> {
+    const JOIN_SESSION_KEYRING: libc::c_long = 1;
+    let unnamed = std::ptr::null::<libc::c_char>();
+    // SAFETY: a null name makes an anonymous keyring; nothing is read or written through it.
+    let result = unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, unnamed) };
+    nix::errno::Errno::result(result).map(drop)
+}
+
 /// Takes ownership of a descriptor that another process sent.
 #[expect(unsafe_code, reason = "a received descriptor arrives as a number")]
 pub(super) fn own(descriptor: i32) -> std::os::fd::OwnedFd {
