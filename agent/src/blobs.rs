@@ -79,6 +79,16 @@ pub struct StoredBlob {
 #[derive(Debug, Clone)]
 pub struct BlobStore {
     directory: PathBuf,
+    lifetime: Lifetime,
+}
+
+/// How long a store outlives a crash of the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lifetime {
+    /// Later processes trust it: content is synced before it gets its name.
+    Lasting,
+    /// It ends with its build, also in a crash; syncing would only cost time.
+    OfOneBuild,
 }
 
 impl BlobStore {
@@ -91,7 +101,12 @@ impl BlobStore {
         let directory = root.join("blobs").join("sha256");
         make(ROOT_MODE, root)?;
         make(0o755, &directory)?;
-        Ok(Self { directory })
+        Ok(Self { directory, lifetime: Lifetime::Lasting })
+    }
+
+    /// As [`BlobStore::open`], for blobs that end with one build.
+    pub fn of_one_build(root: &Path) -> Result<Self, BlobError> {
+        Ok(Self { lifetime: Lifetime::OfOneBuild, ..Self::open(root)? })
     }
 
     /// Where a blob lies, or would lie.
@@ -136,7 +151,8 @@ impl BlobStore {
     pub fn writer(&self) -> Result<BlobWriter, BlobError> {
         let made = tempfile::Builder::new().prefix(TEMP_PREFIX).tempfile_in(&self.directory);
         let file = made.map_err(|source| BlobError::io("create a file in", &self.directory, source))?;
-        Ok(BlobWriter { directory: self.directory.clone(), file, hasher: Sha256::new(), written: 0 })
+        let (directory, lifetime) = (self.directory.clone(), self.lifetime);
+        Ok(BlobWriter { directory, lifetime, file, hasher: Sha256::new(), written: 0 })
     }
 
     /// Stores bytes that are in memory already.
@@ -202,6 +218,7 @@ pub fn digest_of(bytes: &[u8]) -> Digest {
 #[derive(Debug)]
 pub struct BlobWriter {
     directory: PathBuf,
+    lifetime: Lifetime,
     file: NamedTempFile,
     hasher: Sha256,
     written: u64,
@@ -221,13 +238,16 @@ impl BlobWriter {
     /// Checks size and digest and gives the blob its name. An equal blob is replaced, which heals it if it
     /// was damaged.
     pub fn commit(self, expected: Option<&Digest>, size: Option<u64>) -> Result<StoredBlob, BlobError> {
-        let Self { directory, file, hasher, written } = self;
+        let Self { directory, lifetime, file, hasher, written } = self;
         let digest = Digest::from_sha256(hasher.finalize().into());
         check(&digest, written, expected, size)?;
         let finish = |file: &File| {
             file.set_permissions(Permissions::from_mode(BLOB_MODE))?;
-            // Later readers trust the name. The name itself may be lost in a crash, its content may not.
-            file.sync_data()
+            match lifetime {
+                // Later readers trust the name. The name itself may be lost in a crash, its content may not.
+                Lifetime::Lasting => file.sync_data(),
+                Lifetime::OfOneBuild => Ok(()),
+            }
         };
         finish(file.as_file()).map_err(|source| BlobError::io("finish", file.path(), source))?;
         let path = directory.join(digest.hex());

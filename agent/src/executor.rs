@@ -164,7 +164,7 @@ impl Run {
         events: mpsc::Sender<Event>,
         stop: StopSignal,
     ) -> Result<Self, crate::state::StateError> {
-        let blobs = crate::blobs::BlobStore::open(job.dir())?;
+        let blobs = crate::blobs::BlobStore::of_one_build(job.dir())?;
         let (phase, phase_began) = (Phase::Plan, Instant::now());
         Ok(Self {
             agent,
