@@ -237,6 +237,9 @@ impl Run {
         let cache = self.cache(&planned, &bases)?;
         let mut slot = self.open_slot(&bases, cache.as_ref(), log).await?;
         let built = self.in_slot(&mut slot, &planned, &bases, cache).await;
+        if built.is_ok() {
+            self.enter(Phase::Clean).await;
+        }
         let finished = slot.finish().await;
         if finished.is_err() {
             self.sweep_after_loss().await;

@@ -27,6 +27,8 @@ pub enum Phase {
     Export,
     /// Hash what was exported into the agent's blob store.
     Seal,
+    /// End the slot and delete its files.
+    Clean,
     /// Write what the user asked for.
     Output,
 }
@@ -44,6 +46,7 @@ impl Phase {
             Self::Build => "build",
             Self::Export => "export",
             Self::Seal => "seal",
+            Self::Clean => "clean",
             Self::Output => "output",
         }
     }

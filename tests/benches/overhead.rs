@@ -112,10 +112,12 @@ fn report(name: &str, hand: &[f64], kiln: &[f64], parts: &BTreeMap<String, Vec<f
     println!("  kiln    {:>8.0}", median(kiln));
     println!("  added   {:>8.0}   ratio {:.2}", median(&added), median(&ratio));
     let mut total = 0.0;
-    for part in ["start", "pack", "plan", "fetch", "slot", "unpack", "build", "export", "seal", "output"] {
+    for part in
+        ["start", "pack", "plan", "fetch", "slot", "unpack", "build", "export", "seal", "clean", "output"]
+    {
         let spent = parts.get(part).map_or(0.0, |values| median(values));
         total += spent;
         println!("    {part:<8} {spent:>6.0}");
     }
-    println!("    {:<8} {:>6.0}   (process start and end, clean-up)", "rest", median(kiln) - total);
+    println!("    {:<8} {:>6.0}   (process start and end)", "rest", median(kiln) - total);
 }

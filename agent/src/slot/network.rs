@@ -68,9 +68,17 @@ impl Slirp {
     }
 }
 
+impl Slirp {
+    /// Sends the signal that ends it; dropping it waits for that end.
+    pub(super) fn kill(&mut self) {
+        // An error means that it ended already.
+        let _ = self.child.kill();
+    }
+}
+
 impl Drop for Slirp {
     fn drop(&mut self) {
-        let _ = self.child.kill();
+        self.kill();
         let _ = self.child.wait();
     }
 }

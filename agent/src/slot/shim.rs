@@ -103,7 +103,7 @@ fn receive_descriptors(agent: &UnixStream) -> std::io::Result<Vec<OwnedFd>> {
 struct Slot {
     outer: Pid,
     socket: UnixStream,
-    _network: Option<Slirp>,
+    network: Option<Slirp>,
 }
 
 fn start(received: &Received) -> Result<Slot, SetupError> {
@@ -123,7 +123,7 @@ fn start(received: &Received) -> Result<Slot, SetupError> {
     match network.transpose() {
         Ok(network) => {
             drop(outer.go);
-            Ok(Slot { outer: outer.pid, socket: ours, _network: network })
+            Ok(Slot { outer: outer.pid, socket: ours, network })
         }
         Err(error) => {
             end(outer.pid);
@@ -260,6 +260,12 @@ impl Relay {
         let command: Command = wire::receive(&mut self.agent).ok().flatten()?;
         if command == Command::Terminate && self.kill_at.is_none() {
             self.kill_at = Some(Instant::now() + Duration::from_millis(received.spec.grace_ms) + BACKSTOP);
+        }
+        if command == Command::Finish
+            && let Some(network) = &mut self.slot.network
+        {
+            // It takes as long to end as the job takes to delete; nothing needs it any more.
+            network.kill();
         }
         wire::send(&mut self.slot.socket, &command).ok()
     }
