@@ -41,6 +41,8 @@ pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 const USER: &str = "KILN_TEST_USER";
 const SETUP: Duration = Duration::from_secs(20);
 
+type Job = Box<dyn FnOnce() + Send>;
+
 /// What differs from a plain world.
 #[derive(Debug, Default)]
 pub struct Plan {
@@ -53,7 +55,7 @@ pub struct Plan {
 /// The place; it ends with the test.
 #[derive(Debug)]
 pub struct World {
-    beyond: Sender<Box<dyn FnOnce() + Send>>,
+    beyond: Sender<Job>,
     /// The name server of the host.
     pub resolver: Resolver,
 }
@@ -61,11 +63,17 @@ pub struct World {
 impl World {
     /// Runs `work` beyond the host: its sockets and threads stay there.
     pub fn beyond<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let (answer, result) = channel();
-        let job = move || drop(answer.send(work()));
-        self.beyond.send(Box::new(job)).unwrap();
-        result.recv().unwrap_or_else(|_| panic!("it panicked beyond the host"))
+        ask(&self.beyond, work)
     }
+}
+
+fn ask<T: Send + 'static>(beyond: &Sender<Job>, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (answer, result) = channel();
+    let job = move || {
+        let _ = answer.send(work());
+    };
+    beyond.send(Box::new(job)).unwrap();
+    result.recv().unwrap_or_else(|_| panic!("it panicked beyond the host"))
 }
 
 /// Runs a test in a world of its own. `name` is that of the test function: an ordinary user's test starts
@@ -145,7 +153,7 @@ fn make(plan: &Plan) -> World {
     World { beyond, resolver }
 }
 
-fn serve_beyond(ready: &Sender<nix::unistd::Pid>, jobs: &Receiver<Box<dyn FnOnce() + Send>>) {
+fn serve_beyond(ready: &Sender<nix::unistd::Pid>, jobs: &Receiver<Job>) {
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     ready.send(nix::unistd::gettid()).unwrap();
     for job in jobs {
@@ -169,21 +177,17 @@ fn write(text: &str) -> tempfile::NamedTempFile {
 }
 
 /// Joins the present namespace, the host's, with that of a thread.
-fn connect(beyond: &Sender<Box<dyn FnOnce() + Send>>, other: nix::unistd::Pid) {
+fn connect(beyond: &Sender<Job>, other: nix::unistd::Pid) {
     ip(&format!(
         "link set lo up\nlink add host0 type veth peer name net0 netns {other}\nlink set host0 up\n\
          addr add {HOST}/24 dev host0\naddr add {HOST6}/64 dev host0 nodad\naddr add {HOST_ALIAS}/32 dev lo\n"
     ));
-    let (answer, done) = channel();
-    let theirs = move || {
+    ask(beyond, || {
         ip(&format!(
             "link set lo up\nlink set net0 up\naddr add {SERVER}/24 dev net0\naddr add {SERVER6}/64 dev net0 nodad\n\
              addr add {ELSEWHERE}/32 dev lo\naddr add {PUBLIC}/32 dev lo\naddr add {METADATA}/32 dev lo\n"
         ));
-        drop(answer.send(()));
-    };
-    beyond.send(Box::new(theirs)).unwrap();
-    done.recv().unwrap();
+    });
     ip(&format!("route add default via {SERVER}\n"));
 }
 

@@ -83,9 +83,9 @@ fn files_that_are_not_dockerfiles() {
 #[test]
 fn a_missing_dockerfile() {
     let lab = Lab::new();
-    let _ = lab.build().run().expect_code(2).expect_text(&["Dockerfile"]);
-    let _ = lab.kiln("build").arg(lab.context.path()).run().expect_code(2).expect_text(&["Dockerfile"]);
-    let _ = lab.kiln("build").arg(lab.path("nowhere")).run().expect_code(2).expect_text(&["nowhere"]);
+    let _ = lab.build().run().expect_code(1).expect_text(&["Dockerfile"]);
+    let _ = lab.kiln("build").arg(lab.context.path()).run().expect_code(1).expect_text(&["Dockerfile"]);
+    let _ = lab.kiln("build").arg(lab.path("nowhere")).run().expect_code(1).expect_text(&["nowhere"]);
 }
 
 #[test]
@@ -322,11 +322,14 @@ fn a_blob_with_other_bytes_is_never_used() {
 
 #[test]
 fn limits_of_processes_do_not_concern_the_neighbour() {
-    let lab = lab("FROM busybox:1\nRUN echo bombs-away; f() { f & f; sleep 20; }; f; sleep 20\n");
-    lab.configure(&lab.registry.host(), "[build]\ngrace = \"1s\"\n[build.limits]\npids = 200\n");
-    let beside = neighbour();
-    let _ = lab.fails(&[], 1).expect_text(&["limit_exceeded", "pids", "200", "Dockerfile:2"]);
-    let _ = beside.1.wait().expect_code(0);
+    // A shell that cannot fork ends, so the loop ends by itself; what it started stays.
+    for bomb in ["(while :; do sleep 20 & done); exec sleep 20", "f() { f & f; sleep 20; }; f"] {
+        let lab = lab(&format!("FROM busybox:1\nRUN {bomb}\n"));
+        lab.configure(&lab.registry.host(), "[build]\ngrace = \"1s\"\n[build.limits]\npids = 200\n");
+        let beside = neighbour();
+        let _ = lab.fails(&[], 1).expect_text(&["limit_exceeded", "pids", "200", "Dockerfile:2"]);
+        let _ = beside.1.wait().expect_code(0);
+    }
 }
 
 #[test]
@@ -353,17 +356,21 @@ fn neighbour() -> (Lab, kiln_tests::kiln::Build) {
 
 #[test]
 fn limits_of_one_file() {
-    let lab = lab("FROM busybox:1\nRUN dd if=/dev/zero of=/big bs=1M count=100\n");
+    let lab = Lab::new();
     lab.configure(&lab.registry.host(), "[build.limits]\nfile_size = \"20MiB\"\n");
-    let _ = lab.fails(&[], 1).expect_text(&["limit_exceeded", "build.limits.file_size"]);
+    // The signal reaches the shell's child, then the shell's successor.
+    for then in ["&& echo done", ""] {
+        lab.dockerfile(&format!("FROM busybox:1\nRUN dd if=/dev/zero of=/big bs=1M count=100 {then}\n"));
+        let _ = lab.fails(&[], 1).expect_text(&["limit_exceeded", "build.limits.file_size", "Dockerfile:2"]);
+    }
 }
 
 #[test]
 fn limits_of_open_files_reach_run() {
     let lab = lab("FROM busybox:1\nRUN ulimit -n > /n\n");
-    lab.configure(&lab.registry.host(), "[build.limits]\nopen_files = 777\n");
+    lab.configure(&lab.registry.host(), "[build.limits]\nopen_files = 1777\n");
     let image = lab.image(&[]);
-    assert_eq!(image.entry("n").map(|e| e.content.as_str()), Some(digest(b"777\n").as_str()));
+    assert_eq!(image.entry("n").map(|e| e.content.as_str()), Some(digest(b"1777\n").as_str()));
 }
 
 #[test]
@@ -418,7 +425,7 @@ fn arguments_that_make_no_sense() {
     for (flag, word) in [
         ("--build-arg==x", "build-arg"),
         ("--build-arg=A B=x", "build-arg"),
-        ("--label=novalue", "label"),
+        ("--label==x", "label"),
         ("--secret=src=/etc/passwd", "id"),
         ("--secret=id=../x,src=/etc/passwd", "secret"),
         ("--output=tarball:/x", "output"),
@@ -441,10 +448,11 @@ fn a_configuration_with_a_mistake() {
 #[test]
 fn an_output_that_cannot_be_written() {
     let lab = lab(USES_BUSYBOX);
-    let output = format!("--output=docker-archive:{}", lab.path("no/such/dir/x.tar").display());
+    let output = format!("--output=docker-archive:{}", lab.path("Dockerfile/x.tar").display());
     let outcome = lab.build().arg(output).run();
     assert_ne!(outcome.code, 0);
-    assert!(outcome.output().contains("no/such/dir"), "{}", outcome.output());
+    assert!(outcome.output().contains("Dockerfile/x.tar"), "{}", outcome.output());
+    assert!(!outcome.output().contains("STEP"), "it was built in vain: {}", outcome.output());
 }
 
 #[test]
@@ -470,7 +478,7 @@ fn check_says_what_can_be_known_without_a_slot() {
         kiln_tests::process::run(command.arg("check").arg(lab.context.path()), Duration::from_secs(30))
     };
     let _ = check("FROM busybox:1\nRUN --mount=type=cache,id=../x,target=/x true\n")
-        .expect_code(2)
+        .expect_code(1)
         .expect_text(&["Dockerfile:2"]);
     let _ = check("FROM busybox:1\nRUN true\n").expect_code(0).expect_text(&["large"]);
 }
@@ -478,7 +486,7 @@ fn check_says_what_can_be_known_without_a_slot() {
 #[test]
 fn doctor_says_what_is_there() {
     let lab = Lab::new();
-    let _ = lab.kiln("doctor").run().expect_code(0).expect_text(&["buildah", "kernel"]);
+    let _ = lab.kiln("doctor").run().expect_code(0).expect_text(&["buildah", "sealed slot", "limit on disk"]);
     let script = lab.kiln("doctor").arg("--print-setup").run().expect_code(0).stdout;
     let file = lab.path("setup.sh");
     std::fs::write(&file, script).unwrap_or_else(|e| panic!("{e}"));
