@@ -320,7 +320,7 @@ pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn now() -> Duration {
+pub(crate) fn now() -> Duration {
     Duration::try_from(jiff::Timestamp::now().as_duration()).unwrap_or_default()
 }
 

@@ -172,15 +172,14 @@ fn records(agent: &Agent) -> Vec<(SystemTime, BaseRecord)> {
 }
 
 fn unreferenced_blobs(agent: &Agent) -> Result<u64, HousekeepingError> {
-    // Blobs of a fetch that is going on have no record yet: only a quiet data directory is swept.
-    if list(&agent.state.path("jobs"), "").iter().any(|path| path.is_dir()) {
-        return Ok(0);
-    }
+    // Blobs of a fetch that is going on have no record yet.
+    let Some(_lock) = agent.state.sweep_blobs()? else { return Ok(0) };
     let mut kept: BTreeSet<Digest> = BTreeSet::new();
     for (_, record) in records(agent) {
         kept.extend([record.manifest, record.config]);
         kept.extend(record.layers.into_iter().map(|l| l.digest));
     }
+    agent.state.blobs().sweep(SystemTime::UNIX_EPOCH + bases::now())?;
     Ok(agent.state.blobs().retain(|digest| kept.contains(digest))?)
 }
 

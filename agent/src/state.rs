@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! DATA/                  0700, the agent's
-//!   blobs/sha256/        content by digest: base layers, manifests, configs, sealed results
+//!   blobs/sha256/        content by digest: layers, manifests and configs of base images
 //!   bases/               one description and one lock per base image
 //!   caches/              heads and locks of cache mounts
 //!   jobs/ID/             lock, context archive: one directory per running build
@@ -128,6 +128,23 @@ impl State {
             return Err(StateError::NoSpace { path: self.root.clone(), free, wanted });
         }
         Ok(())
+    }
+
+    /// Keeps blobs that no base image names yet from being deleted, as long as the result lives.
+    pub fn use_blobs(&self) -> Result<File, StateError> {
+        let path = self.path("blobs/lock");
+        let lock = open_lock(&path)?;
+        // Held exclusively only while unreferenced blobs are deleted.
+        lock.lock_shared().map_err(|e| StateError::io("lock", &path, e))?;
+        Ok(lock)
+    }
+
+    /// The right to delete unreferenced blobs, unless somebody is fetching.
+    pub fn sweep_blobs(&self) -> Result<Option<File>, StateError> {
+        let path = self.path("blobs/lock");
+        let lock = open_lock(&path)?;
+        let taken = try_lock(&lock).map_err(|e| StateError::io("lock", &path, e))?;
+        Ok(taken.map(|()| lock))
     }
 
     /// Makes the private directory of a job, locked.

@@ -27,6 +27,7 @@ pub(crate) struct Source {
 
 /// Reads `-f FILE`, `-f -`, or the default name in the context.
 pub(crate) fn read(context: &Path, file: Option<&Path>) -> Result<Source, Exit> {
+    check_context(context)?;
     match file {
         Some(path) if path == Path::new("-") => {
             let text = read_text(std::io::stdin().lock(), "standard input")?;
@@ -34,6 +35,21 @@ pub(crate) fn read(context: &Path, file: Option<&Path>) -> Result<Source, Exit> 
         }
         Some(path) => read_file(context, path),
         None => read_file(context, &default_path(context)?),
+    }
+}
+
+/// Docker also takes an archive on standard input and addresses; a build that fetches its own context cannot
+/// be sealed from the client's files.
+fn check_context(context: &Path) -> Result<(), Exit> {
+    let text = context.to_string_lossy();
+    if text == "-" || text.contains("://") || text.starts_with("git@") {
+        return Err(Exit::usage(format!("the context `{text}` is not a directory"))
+            .with_hint("unpack or clone it first, then name the directory; `-f -` reads a Dockerfile from standard input"));
+    }
+    match context.metadata() {
+        Ok(meta) if meta.is_dir() => Ok(()),
+        Ok(_) => Err(Exit::usage(format!("the context `{text}` is not a directory"))),
+        Err(error) => Err(Exit::usage(format!("the context `{text}` cannot be read: {error}"))),
     }
 }
 

@@ -11,7 +11,7 @@ use kiln_tests::image::Image;
 use kiln_tests::kiln::Build;
 use kiln_tests::lab::{CLEAN, Lab};
 use kiln_tests::leftovers::{assert_none, assert_none_live};
-use kiln_tests::process::{Process, Running, run, with_argument};
+use kiln_tests::process::{Outcome, Process, Running, run, with_argument};
 use kiln_tests::registry::{Access, PASSWORD, USER};
 use kiln_tests::tree::{Tree, containing};
 use nix::sys::signal::Signal;
@@ -56,7 +56,7 @@ int main(int count, char **argv) {
     if (mount(0, "/", 0, MS_REMOUNT | MS_BIND, 0)) printf("denied: remount /: %m\n");
     if (mount(0, "/usr", 0, MS_REMOUNT | MS_BIND, 0)) printf("denied: remount /usr: %m\n");
     if (umount2("/proc", MNT_DETACH)) printf("denied: umount /proc: %m\n");
-    if (open("/usr/kiln-was-here", O_CREAT | O_WRONLY, 0644) >= 0) printf("wrote /usr\n");
+    open("/usr/kiln-was-here", O_CREAT | O_WRONLY, 0644);
     printf("breakout ended\n");
     return 0;
 }
@@ -112,12 +112,11 @@ fn a_program_that_leaves_its_root_finds_nothing() {
         "FROM busybox:1\nCOPY breakout /breakout\nRUN /breakout {canary} /proc/1/root{canary} /proc/1/environ \
          /etc/shadow /job/export /secrets /etc/kiln/Dockerfile\n"
     ));
-    let before = std::fs::metadata("/usr").and_then(|m| m.modified()).ok();
     let outcome = lab.build_archive().run().expect_code(0).expect_text(&["breakout ended", "denied: chroot"]);
-    assert_absent(&outcome.output(), &["wrote /usr", "was-here:"]);
     let shown: Vec<_> = outcome.stdout.lines().filter(|l| l.starts_with("read ")).collect();
     assert!(shown.is_empty(), "{shown:?}");
-    assert_eq!(std::fs::metadata("/usr").and_then(|m| m.modified()).ok(), before);
+    // It may write what it takes for `/usr`, which is its image's.
+    assert!(!std::path::Path::new("/usr/kiln-was-here").exists());
     assert_none(&lab.data(), CLEAN);
     Image::docker_archive(&lab.archive());
 }
@@ -136,26 +135,65 @@ fn roots_and_directories_of_other_processes_are_closed() {
     assert_absent(&said.join("\n"), &[HOST_CANARY, "LINKED", "PIPED", "/job", "/secrets"]);
 }
 
+/// The source of a bind mount may be a symbolic link of an image. Inside a slot it leads to the slot's root,
+/// in which nothing belongs to anybody but this build.
+fn through_a_link(lab: &Lab, link: &str, commands: &str) -> Outcome {
+    lab.dockerfile(&format!(
+        "FROM busybox:1 AS evil\nRUN ln -s {link} /link\nFROM busybox:1\n\
+         RUN --mount=type=bind,from=evil,source=/link,target=/m,rw {commands}; true\n"
+    ));
+    lab.build_archive().run()
+}
+
 #[test]
 fn a_symlinked_source_of_a_bind_mount_leads_nowhere() {
-    for (link, file) in
-        [("/", "canary"), ("../../../../../../..", "canary"), ("/job", "x"), ("/proc/1/root", "canary")]
-    {
+    for link in ["/", "../../../../../../..", "/proc/1/root", "/proc/self/root", "/b/0/../..", "/job"] {
         let lab = Lab::new();
-        let place = canary(&lab);
-        let inside = place.parent().unwrap_or(&place).display().to_string();
-        lab.dockerfile(&format!(
-            "FROM busybox:1 AS evil\nRUN ln -s {link} /link\nFROM busybox:1\n\
-             RUN --mount=type=bind,from=evil,source=/link,target=/m,rw ls /m /m/job /m/secrets; cat /m{inside}/{file}; \
-             echo owned > /m{inside}/owned; echo owned > /m/owned; true\n"
-        ));
-        let outcome = lab.build_archive().run();
-        let said: Vec<_> = outcome.stdout.lines().filter(|line| !line.starts_with("STEP")).collect();
-        assert_absent(&said.join("\n"), &[HOST_CANARY, "context.tar", "export", "overlay-images"]);
-        assert!(
-            !lab.path("owned").exists() && !std::path::Path::new("/owned").exists(),
-            "{link} was written through"
+        let canary = canary(&lab).display().to_string();
+        let data = lab.data().display().to_string();
+        let outcome = through_a_link(
+            &lab,
+            link,
+            &format!(
+                "cat /m{canary} /m/etc/shadow /m/etc/hostname; ls /m{data} /m/home /m/var/lib; \
+                echo owned > /m{canary}; echo owned > /m/usr/owned; echo owned > /m/etc/owned; echo owned > /m/b/0/owned"
+            ),
         );
+        let said: Vec<_> = outcome.stdout.lines().filter(|line| !line.starts_with("STEP")).collect();
+        assert_absent(&said.join("\n"), &[HOST_CANARY, "context.tar", "dpkg", "root:"]);
+        assert_eq!(std::fs::read_to_string(&canary).ok().as_deref(), Some(HOST_CANARY));
+        for owned in ["/usr/owned", "/etc/owned"] {
+            assert!(!std::path::Path::new(owned).exists(), "{link} was written through");
+        }
+        assert_eq!(containing(&lab.data().join("store/base"), &["owned".to_owned()]), Vec::<PathBuf>::new());
+        assert_none(&lab.data(), CLEAN);
+    }
+}
+
+/// Through the link above, RUN reaches the place where the image is exported to.
+#[test]
+fn a_prepared_layout_is_not_trusted() {
+    for prepare in [
+        "ln -s CANARY image",
+        "mkfifo image",
+        "mkdir image; ln -s CANARY image/manifest.json; ln -s CANARY image/version",
+        "mkdir image; mkfifo image/manifest.json; mkfifo image/version",
+        "mkdir image; chmod 0 image",
+        "mkdir -p image/manifest.json/x",
+        "rm -rf ../export; ln -s /etc ../export",
+        "ln -s CANARY ../run/image-id; mkfifo ../run/image-id",
+    ] {
+        let lab = Lab::new();
+        let canary = canary(&lab).display().to_string();
+        let commands = format!("cd /m/job/export && {{ {}; }}", prepare.replace("CANARY", &canary));
+        let outcome = through_a_link(&lab, "/", &commands);
+        assert!([0, 1, 5].contains(&outcome.code), "{prepare}: {}\n{}", outcome.code, outcome.output());
+        assert!(outcome.elapsed < Duration::from_secs(30), "{prepare} took {:?}", outcome.elapsed);
+        assert_eq!(outcome.code == 0, lab.archive().exists());
+        if outcome.code == 0 {
+            assert!(Image::docker_archive(&lab.archive()).entry("bin/busybox").is_some());
+        }
+        assert_eq!(std::fs::read_to_string(&canary).ok().as_deref(), Some(HOST_CANARY), "{prepare}");
         assert_none(&lab.data(), CLEAN);
     }
 }

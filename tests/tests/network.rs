@@ -133,7 +133,9 @@ fn none_has_no_interface_but_loopback() {
         lab.dockerfile(&format!("FROM busybox:1\nRUN {step}\n"));
         let look = |flag: &str| lab.build().arg(flag).run().expect_code(0).output();
         let links = |output: &str| -> Vec<String> {
-            let lines = output.lines().filter_map(|line| line.split_once(": ").filter(|(n, _)| n.parse::<u8>().is_ok()));
+            let lines = output
+                .lines()
+                .filter_map(|line| line.split_once(": ").filter(|(n, _)| n.parse::<u8>().is_ok()));
             lines.map(|(_, rest)| rest.split([':', '@']).next().unwrap().to_owned()).collect()
         };
         let none = look("--network=none");
@@ -200,7 +202,13 @@ fn allow_means_what_it_says_at_its_limits() {
         let lab = Lab::new();
         let all = targets([SERVER, ELSEWHERE, PUBLIC, METADATA], site.port());
         let of_host = targets([HOST, Ipv4Addr::LOCALHOST, Ipv4Addr::new(10, 0, 2, 2)], host.port());
-        for (allow, count) in [("0.0.0.0/0", 3), ("0.0.0.0/1", 1), ("128.0.0.0/1", 2), ("169.254.169.254", 0), ("169.254.0.0/16", 0)] {
+        for (allow, count) in [
+            ("0.0.0.0/0", 3),
+            ("0.0.0.0/1", 1),
+            ("128.0.0.0/1", 2),
+            ("169.254.169.254", 0),
+            ("169.254.0.0/16", 0),
+        ] {
             lab.configure(&lab.registry.host(), &format!("[network]\nallow = [\"{allow}\"]\n"));
             let got = reached(&lab, &[&all[..], &of_host].concat(), ISOLATED);
             eprintln!("DEBUG {allow}: {got:?} want {count}");

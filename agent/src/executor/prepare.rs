@@ -110,6 +110,8 @@ impl Run {
         }
         let registry = self.agent.registry(self.inputs.credentials.clone());
         let registry = registry.map_err(|e| self.fail(Reason::NodeUnfit, chain(&e)))?;
+        let state = &self.agent.state;
+        let _in_use = state.use_blobs().map_err(|e| self.fail(Reason::StoreCorrupt, chain(&e)))?;
         let mut bases: Vec<Named> = Vec::new();
         for reference in &planned.references {
             if bases.iter().any(|named| named.name == reference.lookup) {
