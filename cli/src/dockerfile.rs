@@ -78,6 +78,8 @@ fn open(context: &Path, path: &Path) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     match path.strip_prefix(context) {
         Ok(inside) => {
+            // The context itself: named as a directory further on.
+            let inside = if inside.as_os_str().is_empty() { Path::new(".") } else { inside };
             let dir = openat2(CWD, context, flags | OFlags::DIRECTORY, Mode::empty(), ResolveFlags::empty())?;
             let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
             openat2(dir, inside, flags | OFlags::NONBLOCK, Mode::empty(), resolve)

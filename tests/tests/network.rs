@@ -1,14 +1,19 @@
 //! What a RUN step reaches and what it does not, on a host and beyond it that exist for one test only.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use kiln_tests::kiln::Kiln;
-use kiln_tests::lab::Lab;
-use kiln_tests::process::Outcome;
+use kiln_tests::lab::{CLEAN, Lab};
+use kiln_tests::leftovers::assert_dead;
+use kiln_tests::process::{Outcome, with_argument};
 use kiln_tests::site::Site;
 use kiln_tests::world::{
     ELSEWHERE, HOST, HOST_ALIAS, HOST6, INTERNAL, METADATA, PUBLIC, Plan, SERVER, World, within,
 };
+use nix::sys::signal::Signal;
 
 /// Says of each argument whether a web server answers there.
 const PROBE: &str = r#"for target in "$@"; do
@@ -28,6 +33,8 @@ const USER_MODE: [Ipv4Addr; 6] = [
     Ipv4Addr::new(10, 0, 2, 100),
     Ipv4Addr::new(10, 0, 2, 255),
 ];
+/// The probe has 5 s; a busy machine may take as long for the rest.
+const UNFIT_WITHIN: Duration = Duration::from_secs(10);
 const ISOLATED: &str = "--network=isolated";
 
 /// The targets that a RUN step of an otherwise empty build reached.
@@ -200,18 +207,129 @@ fn allow_means_what_it_says_at_its_limits() {
     within("allow_means_what_it_says_at_its_limits", &Plan::default(), |world| {
         let (site, host) = (beyond(world), Site::start(Ipv4Addr::UNSPECIFIED));
         let lab = Lab::new();
-        let all = targets([SERVER, ELSEWHERE, PUBLIC, METADATA], site.port());
-        let of_host = targets([HOST, Ipv4Addr::LOCALHOST, Ipv4Addr::new(10, 0, 2, 2)], host.port());
-        for (allow, count) in [
-            ("0.0.0.0/0", 3),
-            ("0.0.0.0/1", 1),
-            ("128.0.0.0/1", 2),
-            ("169.254.169.254", 0),
-            ("169.254.0.0/16", 0),
+        let at = |addresses: &[Ipv4Addr]| targets(addresses.iter().copied(), site.port());
+        let mut all = at(&[SERVER, ELSEWHERE, PUBLIC, METADATA]);
+        all.extend(targets([HOST, Ipv4Addr::LOCALHOST, USER_MODE[0]], host.port()));
+        for (allow, expected) in [
+            ("0.0.0.0/0", at(&[SERVER, ELSEWHERE, PUBLIC])),
+            ("0.0.0.0/1", at(&[SERVER])),
+            ("128.0.0.0/1", at(&[ELSEWHERE, PUBLIC])),
+            ("169.254.0.0/16", Vec::new()),
         ] {
             lab.configure(&lab.registry.host(), &format!("[network]\nallow = [\"{allow}\"]\n"));
-            let got = reached(&lab, &[&all[..], &of_host].concat(), ISOLATED);
-            eprintln!("DEBUG {allow}: {got:?} want {count}");
+            assert_eq!(reached(&lab, &all, ISOLATED), expected, "allow = {allow}");
         }
+        lab.configure(&lab.registry.host(), &format!("[network]\nallow = [\"{METADATA}\"]\n"));
+        let outcome = probe(&lab, &all).run();
+        assert_eq!((answers(&outcome), site.requests().contains(&"-".to_owned())), (Vec::new(), false));
+        assert!(outcome.code == 0 || outcome.output().contains("network.allow"), "{}", outcome.output());
+    });
+}
+
+/// Where the user-mode network cannot start, the build says so soon and names the way out.
+fn unfit(name: &str, place: &str, cover: impl FnOnce(&Path) -> PathBuf, says: &str) {
+    let dir = tempfile::Builder::new().prefix("kiln-cover-").tempdir().unwrap();
+    set_mode(dir.path(), 0o755);
+    let plan = Plan { covers: vec![(place.into(), cover(dir.path()))], ..Plan::default() };
+    within(name, &plan, |_| {
+        let lab = Lab::new();
+        lab.dockerfile("FROM busybox:1\nRUN true\n");
+        let _ = lab.build().arg("--network=none").run().expect_code(0);
+        let outcome = lab.fails(&[], 5);
+        let outcome = outcome.expect_text(&["node_unfit", "slirp4netns", says, "--network=none"]);
+        assert!(outcome.elapsed < UNFIT_WITHIN, "it took {:?}", outcome.elapsed);
+        let _ = lab.kiln("doctor").run().expect_code(0).expect_text(&["limited  isolated network", "--network=none"]);
+    });
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn file(dir: &Path, contents: &str, mode: u32) -> PathBuf {
+    let path = dir.join("file");
+    std::fs::write(&path, contents).unwrap();
+    set_mode(&path, mode);
+    path
+}
+
+const SLIRP: &str = "/usr/bin/slirp4netns";
+
+#[test]
+fn slirp4netns_that_is_not_there_is_named() {
+    let cover = |dir: &Path| file(dir, "", 0o644);
+    unfit("slirp4netns_that_is_not_there_is_named", SLIRP, cover, "ermission denied");
+}
+
+#[test]
+fn slirp4netns_that_fails_is_quoted() {
+    let cover = |dir: &Path| file(dir, "#!/bin/sh\necho 'out of clouds' >&2\nexit 3\n", 0o755);
+    unfit("slirp4netns_that_fails_is_quoted", SLIRP, cover, "out of clouds");
+}
+
+#[test]
+fn slirp4netns_that_hangs_is_given_up() {
+    let mark = format!("sleep 8{}.5", std::process::id());
+    let cover = |dir: &Path| file(dir, &format!("#!/bin/sh\nexec {mark}\n"), 0o755);
+    unfit("slirp4netns_that_hangs_is_given_up", SLIRP, cover, "no answer within");
+    assert_dead(&with_argument(&mark), CLEAN);
+}
+
+/// What it starts may hold its streams after it was killed.
+#[test]
+fn slirp4netns_that_hangs_with_a_child_is_given_up() {
+    let mark = format!("sleep 9{}.5", std::process::id());
+    let cover = |dir: &Path| file(dir, &format!("#!/bin/sh\n{mark}\n"), 0o755);
+    unfit("slirp4netns_that_hangs_with_a_child_is_given_up", SLIRP, cover, "no answer within");
+    for left in with_argument(&mark) {
+        left.signal(Signal::SIGKILL);
+    }
+}
+
+#[test]
+fn slirp4netns_that_talks_without_end_is_given_up() {
+    let cover = |dir: &Path| file(dir, "#!/bin/sh\nexec yes complaint >&2\n", 0o755);
+    unfit("slirp4netns_that_talks_without_end_is_given_up", SLIRP, cover, "no answer within");
+}
+
+#[test]
+fn a_tun_device_that_is_closed_is_named() {
+    let cover = |dir: &Path| file(dir, "", 0o600);
+    unfit("a_tun_device_that_is_closed_is_named", "/dev/net/tun", cover, "ermission denied");
+}
+
+#[test]
+fn a_tun_device_that_is_missing_is_named() {
+    let cover = |dir: &Path| {
+        let empty = dir.join("empty");
+        std::fs::create_dir(&empty).unwrap();
+        set_mode(&empty, 0o755);
+        empty
+    };
+    unfit("a_tun_device_that_is_missing_is_named", "/dev/net", cover, "/dev/net/tun");
+}
+
+/// One step listens on every address that it has, and another looks for it there.
+#[test]
+fn builds_beside_each_other_do_not_meet() {
+    within("builds_beside_each_other_do_not_meet", &Plan::default(), |_| {
+        const PORT: u16 = 7391;
+        let lab = Lab::new();
+        let mine = targets([Ipv4Addr::LOCALHOST, USER_MODE[2]], PORT);
+        let listen = format!(
+            "(while printf 'HTTP/1.0 200 OK\\r\\n\\r\\n' | nc -l -p {PORT} >/dev/null; do :; done) & sleep 0.2; \
+             sh /probe {}; echo listening; until [ -e /stop ]; do sleep 0.1; done",
+            mine.join(" ")
+        );
+        lab.context.file("probe", PROBE);
+        std::fs::write(lab.path("first"), format!("FROM busybox:1\nCOPY probe /probe\nRUN {listen}\n")).unwrap();
+        let first = lab.kiln("build").arg("--file").arg(lab.path("first")).arg(lab.context.path()).start();
+        first.expect_output("listening");
+        let said = first.running.stdout.text();
+        assert_eq!(said.matches("reached ").count(), mine.len(), "the listener answers nobody: {said}");
+        let mut tried = mine;
+        tried.extend(targets([USER_MODE[0], USER_MODE[4], HOST], PORT));
+        assert_eq!(reached(&lab, &tried, ISOLATED), [""; 0]);
+        let _ = first.stop(Signal::SIGTERM).expect_code(130);
     });
 }
