@@ -7,10 +7,11 @@ PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 example=examples/demo
 results=target/demo
 scratch=$(mktemp -d)
+kiln=
 registry_pid=
 build_pid=
 
-bold() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+bold() { if [ -t 1 ]; then printf '\n\033[1m%s\033[0m\n' "$*"; else printf '\n%s\n' "$*"; fi; }
 say() { printf '%s\n' "$*"; }
 fail() { printf 'demo: %s\n' "$*" >&2; exit 1; }
 
@@ -23,7 +24,10 @@ stop() { # PID
 cleanup() {
     stop "$build_pid"
     stop "$registry_pid"
-    [ ! -d "$scratch/state" ] || "$kiln" prune --all --data "$scratch/state" >/dev/null 2>&1 || true
+    if [ -d "$scratch/state" ]; then
+        cp -r "$scratch/state/logs" "$results/logs" 2>/dev/null || true
+        "$kiln" prune --all --data "$scratch/state" >/dev/null 2>&1 || true
+    fi
     # What buildah made belongs to subordinate ids of an ordinary user.
     rm -rf "$scratch" 2>/dev/null || buildah unshare rm -rf "$scratch"
 }
@@ -58,10 +62,12 @@ push_base_image() {
     done
     printf 'FROM scratch\nCOPY . /\nCMD ["sh"]\n' >"$scratch/Dockerfile.base"
     printf '{"default":[{"type":"insecureAcceptAnything"}]}\n' >"$scratch/policy.json"
+    mkdir "$scratch/xdg"
+    local -x TMPDIR=$scratch XDG_RUNTIME_DIR=$scratch/xdg
     local buildah=(buildah --storage-driver vfs --root "$scratch/store" --runroot "$scratch/run")
-    TMPDIR=$scratch "${buildah[@]}" bud --quiet --signature-policy "$scratch/policy.json" \
+    "${buildah[@]}" bud --quiet --signature-policy "$scratch/policy.json" \
         --tag base -f "$scratch/Dockerfile.base" "$base" >/dev/null
-    TMPDIR=$scratch "${buildah[@]}" push --quiet --signature-policy "$scratch/policy.json" \
+    "${buildah[@]}" push --quiet --signature-policy "$scratch/policy.json" \
         --tls-verify=false base "docker://$registry/library/busybox:1"
 }
 
@@ -96,7 +102,7 @@ good_build() {
     say "image was hashed and written by one rename. The secret was shown as *** and is in no layer."
     ! tar xOf "$results/image.tar" | grep -aq "not-for-your-eyes-$$" || fail "the secret is in the image"
     say "Where to look: $results/image.tar (docker load -i, podman load -i, tar tvf), $results/metadata.json,"
-    say "and the Dockerfile in $example."
+    say "$results/logs when the demo is over, and the Dockerfile in $example."
 }
 
 failing_build() {
@@ -133,12 +139,12 @@ cancelled_build() {
     say "left the process group, because the kernel ends a PID namespace as a whole. Exit code 130; no job files."
 }
 
+trap cleanup EXIT
 bold "Preparing: compile kiln, start a registry on the loopback interface, push a base image to it"
 cargo build --quiet --locked --package=kiln --bin=kiln
 target=$(cargo metadata --format-version=1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
 kiln=$target/debug/kiln
 command=("$kiln" build --data "$scratch/state" --config "$scratch/kiln.toml" --progress plain)
-trap cleanup EXIT
 rm -rf "$results"
 mkdir -p "$results"
 start_registry

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kiln_protocol::request::BuildRequest;
-use kiln_protocol::result::{BuildResult, Failure, LogSummary, Phase, PhaseDuration};
+use kiln_protocol::result::{BuildResult, Failure, Location, LogSummary, Phase, PhaseDuration};
 use kiln_protocol::{BuildId, Digest, Reason};
 use tokio::sync::mpsc;
 
@@ -207,7 +207,11 @@ impl Run {
 
     /// A stop decides the reason, whatever the interrupted step said.
     fn explain(&self, failure: Failure, log: &log::Ended) -> Failure {
-        let Some(stop) = self.stop.current() else { return log.redact(failure) };
+        let location = failure.location.clone().or_else(|| self.announced(log));
+        let Some(stop) = self.stop.current() else {
+            let known = failure.limit.is_none();
+            return log.redact(if known { failure } else { Failure { location, ..failure } });
+        };
         let message = match stop.reason {
             StopReason::Timeout => {
                 format!("it took longer than {}", show_duration(self.request.timeout))
@@ -221,11 +225,18 @@ impl Run {
             reason: stop.reason.reason(),
             phase: failure.phase,
             message,
-            location: None,
+            location,
             hint,
             limit: None,
             run_exit_code: None,
         }
+    }
+
+    /// The line of the instruction that was announced last.
+    fn announced(&self, log: &log::Ended) -> Option<Location> {
+        let step = log.last_step.as_deref()?;
+        let dockerfile = Dockerfile::parse(&self.request.dockerfile).ok()?;
+        Some(self.location(dockerfile.locate(step)?.start_line))
     }
 
     async fn attempt(&mut self, log: std::os::fd::OwnedFd) -> Attempt<Built> {

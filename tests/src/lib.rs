@@ -7,6 +7,7 @@
 pub mod base;
 pub mod http;
 pub mod image;
+pub mod intercept;
 pub mod kiln;
 pub mod lab;
 pub mod leftovers;
@@ -16,5 +17,6 @@ pub mod proxy;
 pub mod registry;
 pub mod resolver;
 pub mod site;
+pub mod tools;
 pub mod tree;
 pub mod world;

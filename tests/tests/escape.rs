@@ -20,6 +20,8 @@ use nix::sys::signal::Signal;
 const HOST_CANARY: &str = "canary-host-file-c3a1";
 /// A build secret.
 const SECRET: &str = "canary-build-secret-91be";
+/// What a build tries to write outside.
+const MADE: &str = "canary-was-here-17d2";
 /// base64 of `canary-user:canary-password-7f3a`: what a credential file holds.
 const ENCODED_CREDENTIAL: &str = "Y2FuYXJ5LXVzZXI6Y2FuYXJ5LXBhc3N3b3JkLTdmM2E=";
 
@@ -142,7 +144,7 @@ fn through_a_link(lab: &Lab, link: &str, commands: &str) -> Outcome {
         "FROM busybox:1 AS evil\nRUN ln -s {link} /link\nFROM busybox:1\n\
          RUN --mount=type=bind,from=evil,source=/link,target=/m,rw {commands}; true\n"
     ));
-    lab.build_archive().run()
+    lab.build_archive().arg("--timeout=10s").run()
 }
 
 #[test]
@@ -156,7 +158,7 @@ fn a_symlinked_source_of_a_bind_mount_leads_nowhere() {
             link,
             &format!(
                 "cat /m{canary} /m/etc/shadow /m/etc/hostname; ls /m{data} /m/home /m/var/lib; \
-                echo owned > /m{canary}; echo owned > /m/usr/owned; echo owned > /m/etc/owned; echo owned > /m/b/0/owned"
+                for place in {canary} /usr/owned /etc/owned /b/0/owned /n/owned; do echo {MADE} > /m$place; done"
             ),
         );
         let said: Vec<_> = outcome.stdout.lines().filter(|line| !line.starts_with("STEP")).collect();
@@ -165,7 +167,7 @@ fn a_symlinked_source_of_a_bind_mount_leads_nowhere() {
         for owned in ["/usr/owned", "/etc/owned"] {
             assert!(!std::path::Path::new(owned).exists(), "{link} was written through");
         }
-        assert_eq!(containing(&lab.data().join("store/base"), &["owned".to_owned()]), Vec::<PathBuf>::new());
+        assert_eq!(containing(&lab.data().join("store/base"), &[MADE.to_owned()]), Vec::<PathBuf>::new());
         assert_none(&lab.data(), CLEAN);
     }
 }
@@ -187,8 +189,8 @@ fn a_prepared_layout_is_not_trusted() {
         let canary = canary(&lab).display().to_string();
         let commands = format!("cd /m/job/export && {{ {}; }}", prepare.replace("CANARY", &canary));
         let outcome = through_a_link(&lab, "/", &commands);
-        assert!([0, 1, 5].contains(&outcome.code), "{prepare}: {}\n{}", outcome.code, outcome.output());
-        assert!(outcome.elapsed < Duration::from_secs(30), "{prepare} took {:?}", outcome.elapsed);
+        // 124: whoever makes buildah wait for a FIFO waits until the end of the own time.
+        assert!([0, 1, 5, 124].contains(&outcome.code), "{prepare}: {}\n{}", outcome.code, outcome.output());
         assert_eq!(outcome.code == 0, lab.archive().exists());
         if outcome.code == 0 {
             assert!(Image::docker_archive(&lab.archive()).entry("bin/busybox").is_some());

@@ -24,15 +24,13 @@ const PROBE: &str = r#"for target in "$@"; do
     esac
 done
 "#;
-/// slirp4netns' own network: gateway, name server, the slot itself, nobody, broadcast.
-const USER_MODE: [Ipv4Addr; 6] = [
-    Ipv4Addr::new(10, 0, 2, 2),
-    Ipv4Addr::new(10, 0, 2, 3),
-    Ipv4Addr::new(10, 0, 2, 15),
-    Ipv4Addr::new(10, 0, 2, 4),
-    Ipv4Addr::new(10, 0, 2, 100),
-    Ipv4Addr::new(10, 0, 2, 255),
-];
+/// slirp4netns' own network: its gateway, its name server, the slot itself, nobody, everybody.
+const USER_MODE: [Ipv4Addr; 5] =
+    [GATEWAY, Ipv4Addr::new(10, 0, 2, 3), SLOT, Ipv4Addr::new(10, 0, 2, 4), Ipv4Addr::new(10, 0, 2, 255)];
+/// Stands for the host's loopback unless slirp4netns is told otherwise.
+const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+/// Every slot has this address, in a network of its own.
+const SLOT: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 100);
 /// The probe has 5 s; a busy machine may take as long for the rest.
 const UNFIT_WITHIN: Duration = Duration::from_secs(10);
 const ISOLATED: &str = "--network=isolated";
@@ -209,7 +207,7 @@ fn allow_means_what_it_says_at_its_limits() {
         let lab = Lab::new();
         let at = |addresses: &[Ipv4Addr]| targets(addresses.iter().copied(), site.port());
         let mut all = at(&[SERVER, ELSEWHERE, PUBLIC, METADATA]);
-        all.extend(targets([HOST, Ipv4Addr::LOCALHOST, USER_MODE[0]], host.port()));
+        all.extend(targets([HOST, Ipv4Addr::LOCALHOST, GATEWAY], host.port()));
         for (allow, expected) in [
             ("0.0.0.0/0", at(&[SERVER, ELSEWHERE, PUBLIC])),
             ("0.0.0.0/1", at(&[SERVER])),
@@ -238,7 +236,11 @@ fn unfit(name: &str, place: &str, cover: impl FnOnce(&Path) -> PathBuf, says: &s
         let outcome = lab.fails(&[], 5);
         let outcome = outcome.expect_text(&["node_unfit", "slirp4netns", says, "--network=none"]);
         assert!(outcome.elapsed < UNFIT_WITHIN, "it took {:?}", outcome.elapsed);
-        let _ = lab.kiln("doctor").run().expect_code(0).expect_text(&["limited  isolated network", "--network=none"]);
+        let _ = lab
+            .kiln("doctor")
+            .run()
+            .expect_code(0)
+            .expect_text(&["limited  isolated network", "--network=none"]);
     });
 }
 
@@ -279,10 +281,20 @@ fn slirp4netns_that_hangs_is_given_up() {
 #[test]
 fn slirp4netns_that_hangs_with_a_child_is_given_up() {
     let mark = format!("sleep 9{}.5", std::process::id());
+    let _stray = Stray(mark.clone());
     let cover = |dir: &Path| file(dir, &format!("#!/bin/sh\n{mark}\n"), 0o755);
     unfit("slirp4netns_that_hangs_with_a_child_is_given_up", SLIRP, cover, "no answer within");
-    for left in with_argument(&mark) {
-        left.signal(Signal::SIGKILL);
+    assert_dead(&with_argument(&mark), CLEAN);
+}
+
+/// Nobody is left behind by a test that fails.
+struct Stray(String);
+
+impl Drop for Stray {
+    fn drop(&mut self) {
+        for left in with_argument(&self.0).iter().filter(|p| p.command.starts_with("sleep")) {
+            left.signal(Signal::SIGKILL);
+        }
     }
 }
 
@@ -309,26 +321,30 @@ fn a_tun_device_that_is_missing_is_named() {
     unfit("a_tun_device_that_is_missing_is_named", "/dev/net", cover, "/dev/net/tun");
 }
 
+/// Answers on every address that the slot has, and says so once it does.
+const LISTEN: &str = r#"(while printf 'HTTP/1.0 200 OK\r\n\r\n' | nc -l -p PORT >/dev/null; do :; done) &
+until sh /probe "$1" | grep -q reached; do :; done
+sh /probe "$@"
+echo up and listening
+while :; do sleep 1; done
+"#;
+
 /// One step listens on every address that it has, and another looks for it there.
 #[test]
 fn builds_beside_each_other_do_not_meet() {
     within("builds_beside_each_other_do_not_meet", &Plan::default(), |_| {
         const PORT: u16 = 7391;
         let lab = Lab::new();
-        let mine = targets([Ipv4Addr::LOCALHOST, USER_MODE[2]], PORT);
-        let listen = format!(
-            "(while printf 'HTTP/1.0 200 OK\\r\\n\\r\\n' | nc -l -p {PORT} >/dev/null; do :; done) & sleep 0.2; \
-             sh /probe {}; echo listening; until [ -e /stop ]; do sleep 0.1; done",
-            mine.join(" ")
-        );
-        lab.context.file("probe", PROBE);
-        std::fs::write(lab.path("first"), format!("FROM busybox:1\nCOPY probe /probe\nRUN {listen}\n")).unwrap();
+        let mine = targets([Ipv4Addr::LOCALHOST, SLOT], PORT);
+        lab.context.file("probe", PROBE).file("listen", LISTEN.replace("PORT", &PORT.to_string()));
+        let text = format!("FROM busybox:1\nCOPY probe listen /\nRUN sh /listen {}\n", mine.join(" "));
+        std::fs::write(lab.path("first"), text).unwrap();
         let first = lab.kiln("build").arg("--file").arg(lab.path("first")).arg(lab.context.path()).start();
-        first.expect_output("listening");
+        first.expect_output("up and listening");
         let said = first.running.stdout.text();
         assert_eq!(said.matches("reached ").count(), mine.len(), "the listener answers nobody: {said}");
         let mut tried = mine;
-        tried.extend(targets([USER_MODE[0], USER_MODE[4], HOST], PORT));
+        tried.extend(targets([GATEWAY, Ipv4Addr::UNSPECIFIED, HOST], PORT));
         assert_eq!(reached(&lab, &tried, ISOLATED), [""; 0]);
         let _ = first.stop(Signal::SIGTERM).expect_code(130);
     });

@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::{Attempt, Event, Run, chain};
+use crate::logs::display::parse_step;
 use crate::logs::redact::{Redactor, SecretValue};
 use crate::logs::spool::{Limits, Spool};
 use crate::logs::{LogPipeline, LogStream};
@@ -22,21 +23,38 @@ const BUFFER_BYTES: usize = 64 * 1024;
 
 /// A log that is being written.
 pub(super) struct Log {
-    reader: JoinHandle<(LogSummary, Vec<String>)>,
+    reader: JoinHandle<Read>,
     redactor: Redactor,
+}
+
+/// What the reader saw.
+struct Read {
+    summary: LogSummary,
+    last_lines: Vec<String>,
+    last_step: Option<String>,
+}
+
+impl Read {
+    fn nothing() -> Self {
+        Self { summary: super::empty_log(), last_lines: Vec::new(), last_step: None }
+    }
 }
 
 /// A log that was written.
 pub(super) struct Ended {
     pub(super) summary: LogSummary,
     pub(super) last_lines: Vec<String>,
+    /// The instruction that buildah announced last. A RUN can print such a line too: it is shown, and decides
+    /// nothing.
+    pub(super) last_step: Option<String>,
     redactor: Option<Redactor>,
 }
 
 impl Ended {
     /// The log of a build that never came to print.
     pub(super) fn nothing() -> Self {
-        Self { summary: super::empty_log(), last_lines: Vec::new(), redactor: None }
+        let Read { summary, last_lines, last_step } = Read::nothing();
+        Self { summary, last_lines, last_step, redactor: None }
     }
 
     /// A message may quote an instruction, and that a build argument.
@@ -67,18 +85,20 @@ pub(super) fn start(run: &Run) -> Attempt<(Log, OwnedFd)> {
 impl Log {
     /// Waits for the last byte: every writer is gone once the slot is.
     pub(super) async fn finish(self) -> Ended {
-        let (summary, last_lines) = self.reader.await.unwrap_or_else(|_| (super::empty_log(), Vec::new()));
-        Ended { summary, last_lines, redactor: Some(self.redactor) }
+        let Read { summary, last_lines, last_step } = self.reader.await.unwrap_or_else(|error| {
+            tracing::error!(%error, "the log reader failed; the log is lost");
+            Read::nothing()
+        });
+        Ended { summary, last_lines, last_step, redactor: Some(self.redactor) }
     }
 }
 
-fn read(
-    mut pipe: PipeReader,
-    redactor: &Redactor,
-    spool: Spool,
-    events: &mpsc::Sender<Event>,
-) -> (LogSummary, Vec<String>) {
+fn read(mut pipe: PipeReader, redactor: &Redactor, spool: Spool, events: &mpsc::Sender<Event>) -> Read {
+    let mut last_step = None;
     let observer = |line: &crate::logs::LogLine<'_>| {
+        if let Some(step) = parse_step(&line.text) {
+            last_step = Some(step.text.to_owned());
+        }
         // Fails only when nobody watches any more; the spool has the line.
         let _ = events.blocking_send(Event::Line(line.text.clone().into_owned()));
     };
@@ -103,7 +123,7 @@ fn read(
         // The build goes on without its log, and the watcher is told.
         let _ = events.blocking_send(Event::Note(format!("the log is incomplete: {}", chain(fault))));
     }
-    (report.summary, last_lines)
+    Read { summary: report.summary, last_lines, last_step }
 }
 
 fn quiet(pipe: &PipeReader) -> bool {
