@@ -282,7 +282,11 @@ fn parse_network(text: &str) -> Result<Network, String> {
     let (address, prefix) =
         parsed.ok_or_else(|| format!("`{text}` is not a network; write for example 10.0.0.0/8"))?;
     let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
-    Ok(Network { address: Ipv4Addr::from(u32::from(address) & mask), prefix })
+    let network = Network { address: Ipv4Addr::from(u32::from(address) & mask), prefix };
+    if prefix > 0 && crate::slot::is_never_reached(&network) {
+        return Err(format!("`{text}` is loopback, link-local or no address: RUN never reaches it"));
+    }
+    Ok(network)
 }
 
 #[cfg(test)]
@@ -323,6 +327,8 @@ mod tests {
             ("[build.limits]\npids = -1\n", ":2: invalid value"),
             ("[build.limits]\ndisk = \"20 parsecs\"\n", "is not a size"),
             ("[network]\nallow = [\"10.0.0.0/33\"]\n", "is not a network"),
+            ("[network]\nallow = [\"169.254.169.254\"]\n", "RUN never reaches it"),
+            ("[network]\nallow = [\"127.0.0.0/8\"]\n", "RUN never reaches it"),
             ("[build]\nnetwork = \"host\"\n", ":2: unknown variant `host`"),
             ("[build\n", ":1: "),
         ] {

@@ -2,6 +2,7 @@
 
 use std::io::{PipeReader, Read as _};
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use kiln_protocol::Reason;
 use kiln_protocol::result::{Failure, LogSummary};
@@ -19,6 +20,8 @@ use crate::logs::{LogPipeline, LogStream};
 pub const LAST_LINES: usize = 20;
 /// A line that a program leaves unfinished, a prompt or a progress bar, is shown after this.
 const QUIET: Timespec = Timespec { tv_sec: 0, tv_nsec: 300_000_000 };
+/// Every writer is dead by then; only one that hangs in the kernel, or a watcher that does not read, is not.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
 const BUFFER_BYTES: usize = 64 * 1024;
 
 /// A log that is being written.
@@ -85,10 +88,15 @@ pub(super) fn start(run: &Run) -> Attempt<(Log, OwnedFd)> {
 impl Log {
     /// Waits for the last byte: every writer is gone once the slot is.
     pub(super) async fn finish(self) -> Ended {
-        let Read { summary, last_lines, last_step } = self.reader.await.unwrap_or_else(|error| {
-            tracing::error!(%error, "the log reader failed; the log is lost");
+        let read = tokio::time::timeout(END_TIMEOUT, self.reader).await;
+        let failed = |error: &dyn std::fmt::Display| {
+            tracing::error!(%error, "the log did not end; its numbers are lost");
             Read::nothing()
-        });
+        };
+        let Read { summary, last_lines, last_step } = match read {
+            Ok(read) => read.unwrap_or_else(|error| failed(&error)),
+            Err(error) => failed(&error),
+        };
         Ended { summary, last_lines, last_step, redactor: Some(self.redactor) }
     }
 }

@@ -91,7 +91,7 @@ impl Slot {
             Ok(Ok(Report::Failed(error))) => Err(error.into()),
             Ok(Ok(_)) => Err(unexpected("start")),
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(SetupError::new("start the slot", "no answer in time").into()),
+            Err(_) => Err(slot.give_up(START_TIMEOUT)),
         }
     }
 

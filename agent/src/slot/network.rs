@@ -6,7 +6,8 @@
 
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::process::{Child, Command, Stdio};
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, ChildStderr, Command, Stdio};
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
@@ -18,6 +19,7 @@ use netlink_packet_route::route::{
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, pipe2};
 
 use super::sys;
@@ -25,6 +27,8 @@ use super::wire::{Network, SetupError, SlotSpec};
 
 /// slirp4netns is ready in 20 ms; without access to `/dev/net/tun` it fails or hangs.
 const READY_TIMEOUT_MS: u16 = 5_000;
+/// Its complaints are one or two lines.
+const MAX_SAID_BYTES: usize = 1024;
 /// slirp4netns' fixed addresses: the gateway, and a resolver that asks the host's own.
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 /// See [`GATEWAY`].
@@ -60,8 +64,8 @@ impl Slirp {
         match wait_ready(&ready) {
             Ok(()) => Ok(Self { child, _exit: exit }),
             Err(cause) => {
-                let _ = child.kill();
-                let said = child.wait_with_output().map(|o| last_line(&o.stderr)).unwrap_or_default();
+                end(&mut child);
+                let said = child.stderr.take().map(said).unwrap_or_default();
                 Err(SetupError::network("start slirp4netns", format!("{cause}{said}")))
             }
         }
@@ -71,15 +75,38 @@ impl Slirp {
 impl Slirp {
     /// Sends the signal that ends it; dropping it waits for that end.
     pub(super) fn kill(&mut self) {
-        // An error means that it ended already.
-        let _ = self.child.kill();
+        kill_group(&self.child);
     }
+}
+
+/// It may have forked: its sandbox does.
+fn kill_group(child: &Child) {
+    if let Ok(pid) = i32::try_from(child.id()) {
+        // An error means that it ended already.
+        let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+fn end(child: &mut Child) {
+    kill_group(child);
+    // Only the direct child is ours to wait for, and it is dead.
+    let _ = child.wait();
+}
+
+/// What it wrote so far, without waiting for more.
+fn said(mut stderr: ChildStderr) -> String {
+    use std::io::Read as _;
+    let _ = fcntl(&stderr, FcntlArg::F_SETFL(OFlag::O_NONBLOCK));
+    let mut bytes = [0; MAX_SAID_BYTES];
+    let count = stderr.read(&mut bytes).unwrap_or(0);
+    let text = String::from_utf8_lossy(&bytes[..count]);
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    lines.join("; ")
 }
 
 impl Drop for Slirp {
     fn drop(&mut self) {
-        self.kill();
-        let _ = self.child.wait();
+        end(&mut self.child);
     }
 }
 
@@ -103,6 +130,7 @@ fn spawn(pid: Pid, ready: &OwnedFd, exit: &OwnedFd) -> Result<Child, SetupError>
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
+        .process_group(0)
         .spawn()
         .map_err(|e| SetupError::network("run slirp4netns", e))
 }
@@ -119,10 +147,6 @@ fn wait_ready(ready: &OwnedFd) -> Result<(), String> {
         Ok(_) => Err("it ended: ".to_owned()),
         Err(error) => Err(error.to_string()),
     }
-}
-
-fn last_line(stderr: &[u8]) -> String {
-    String::from_utf8_lossy(stderr).lines().rfind(|l| !l.trim().is_empty()).unwrap_or_default().to_owned()
 }
 
 /// Every address of this host: a connection to one of them would end at the host itself.
@@ -148,15 +172,23 @@ pub(super) fn restrict(spec: &SlotSpec) -> Result<(), SetupError> {
     for network in ALWAYS_BLOCKED.iter().chain(&spec.blocked) {
         routes.prohibit(*network)?;
     }
-    if let Some(allowed) = &spec.allowed {
-        for network in EVERYTHING {
-            routes.prohibit(network)?;
+    match &spec.allowed {
+        Some(allowed) if !allowed.iter().any(|network| network.prefix == 0) => {
+            // First the allowed ones: a route that is already there is kept, also if it is half of everything.
+            allowed.iter().try_for_each(|network| routes.via_gateway(*network))?;
+            EVERYTHING.iter().try_for_each(|network| routes.prohibit(*network))
         }
-        for network in allowed {
-            routes.via_gateway(*network)?;
-        }
+        Some(_) | None => Ok(()),
     }
-    Ok(())
+}
+
+/// Whether the network lies in a range that no build reaches, so that allowing it would be a lie.
+pub(crate) fn is_never_reached(network: &Network) -> bool {
+    let inside = |outer: &Network| {
+        let mask = u32::MAX.checked_shl(32 - u32::from(outer.prefix)).unwrap_or(0);
+        network.prefix >= outer.prefix && u32::from(network.address) & mask == u32::from(outer.address) & mask
+    };
+    network.address.is_loopback() || ALWAYS_BLOCKED.iter().any(inside)
 }
 
 struct Routes(Socket);
