@@ -28,8 +28,9 @@ cleanup() {
         cp -r "$scratch/state/logs" "$results/logs" 2>/dev/null || true
         "$kiln" prune --all --data "$scratch/state" >/dev/null 2>&1 || true
     fi
-    # What buildah made belongs to subordinate ids of an ordinary user.
-    rm -rf "$scratch" 2>/dev/null || buildah unshare rm -rf "$scratch"
+    # buildah keeps the root of an image read-only.
+    chmod -R u+w "$scratch" 2>/dev/null || true
+    rm -rf "$scratch"
 }
 
 # A registry of our own on a free port of the loopback interface, with its files in the scratch directory.
@@ -62,8 +63,8 @@ push_base_image() {
     done
     printf 'FROM scratch\nCOPY . /\nCMD ["sh"]\n' >"$scratch/Dockerfile.base"
     printf '{"default":[{"type":"insecureAcceptAnything"}]}\n' >"$scratch/policy.json"
-    mkdir "$scratch/xdg"
-    local -x TMPDIR=$scratch XDG_RUNTIME_DIR=$scratch/xdg
+    mkdir "$scratch/home"
+    local -x HOME=$scratch/home TMPDIR=$scratch XDG_RUNTIME_DIR=$scratch/home
     local buildah=(buildah --storage-driver vfs --root "$scratch/store" --runroot "$scratch/run")
     "${buildah[@]}" bud --quiet --signature-policy "$scratch/policy.json" \
         --tag base -f "$scratch/Dockerfile.base" "$base" >/dev/null

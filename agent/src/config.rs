@@ -307,6 +307,36 @@ mod tests {
         assert_eq!(config.network.allow, None);
     }
 
+    const EXAMPLE: &str = include_str!("../../docs/kiln.example.toml");
+
+    /// Lines with `#` and no blank are keys without a default, so uncommenting them must give a valid file.
+    fn example_with_every_key() -> String {
+        let uncomment = |line: &str| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).map(str::to_owned);
+        EXAMPLE.lines().map(|line| uncomment(line).unwrap_or_else(|| line.to_owned()) + "\n").collect()
+    }
+
+    #[test]
+    fn the_example_file_holds_the_defaults_and_every_key() {
+        assert_eq!(format!("{:?}", parse(EXAMPLE).unwrap()), format!("{:?}", Config::default()));
+        let full = example_with_every_key();
+        let _ = parse(&full).unwrap();
+        let table: toml::Table = full.parse().unwrap();
+        for (section, keys) in [
+            ("build", &["timeout", "grace", "network", "ca", "proxy", "limits"][..]),
+            ("network", &["allow"]),
+            ("data", &["min_free", "max_bytes", "max_cache_bytes"]),
+            ("logs", &["max_bytes", "keep"]),
+        ] {
+            let found = table[section].as_table().unwrap();
+            assert_eq!(found.len(), keys.len(), "{section}");
+            assert!(keys.iter().all(|key| found.contains_key(*key)), "{section}");
+        }
+        let unpack = serde_json::to_value(crate::unpack::Limits::default()).unwrap();
+        assert_eq!(table["context"].as_table().unwrap().len(), unpack.as_object().unwrap().len());
+        assert_eq!(table["build"]["limits"].as_table().unwrap().len(), 6);
+        assert_eq!(table["registry"][0].as_table().unwrap().len(), 6);
+    }
+
     #[test]
     fn values_have_units() {
         let config = parse("[build]\ntimeout = \"1h30m\"\n[build.limits]\ndisk = \"20GiB\"\n").unwrap();

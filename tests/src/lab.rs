@@ -103,6 +103,7 @@ impl Drop for Lab {
         // An ordinary user cannot delete what belongs to its subordinate ids, but their root can.
         if !nix::unistd::Uid::effective().is_root() {
             let mut command = std::process::Command::new("buildah");
+            command.env("HOME", self.path("home")).env("XDG_RUNTIME_DIR", self.path("home"));
             let _ = command.args(["unshare", "rm", "-rf"]).arg(self.data()).arg(self.path("plain")).output();
         }
     }
