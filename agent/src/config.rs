@@ -143,11 +143,13 @@ impl Default for LogConfig {
 impl LimitConfig {
     /// The limits that every slot enforces by itself.
     pub fn slot(&self) -> SlotLimits {
+        // Nobody raises a limit above what this process itself may have.
+        let ours = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
         SlotLimits {
             pids: self.pids,
             disk_bytes: self.disk,
             file_bytes: self.file_size,
-            open_files: self.open_files,
+            open_files: ours.map_or(self.open_files, |ours| self.open_files.min(ours)),
             memory_bytes: self.memory,
             cpus: self.cpus,
         }
@@ -311,7 +313,8 @@ mod tests {
 
     /// Lines with `#` and no blank are keys without a default, so uncommenting them must give a valid file.
     fn example_with_every_key() -> String {
-        let uncomment = |line: &str| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).map(str::to_owned);
+        let uncomment =
+            |line: &str| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).map(str::to_owned);
         EXAMPLE.lines().map(|line| uncomment(line).unwrap_or_else(|| line.to_owned()) + "\n").collect()
     }
 

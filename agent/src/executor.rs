@@ -209,8 +209,8 @@ impl Run {
     fn explain(&self, failure: Failure, log: &log::Ended) -> Failure {
         let location = failure.location.clone().or_else(|| self.announced(log));
         let Some(stop) = self.stop.current() else {
-            let known = failure.limit.is_none();
-            return log.redact(if known { failure } else { Failure { location, ..failure } });
+            let failure = if failure.limit.is_none() { failure } else { Failure { location, ..failure } };
+            return log.redact(log.hint(failure));
         };
         let message = match stop.reason {
             StopReason::Timeout => {

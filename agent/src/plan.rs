@@ -47,6 +47,8 @@ pub struct PlanInput<'a> {
     pub target: Option<&'a str>,
     /// Arguments that buildah must be told besides the user's.
     pub forced_args: &'a BTreeMap<String, String>,
+    /// Open files of one process in RUN; buildah's own default is 1024.
+    pub open_files: u64,
     /// Number of base stores mounted at `/b/0` ….
     pub base_stores: usize,
     /// Ids of the secrets that were given.
@@ -86,6 +88,7 @@ pub fn build(input: &PlanInput<'_>) -> Vec<String> {
         ]
         .map(str::to_owned),
     );
+    argv.push(format!("--ulimit=nofile={0}:{0}", input.open_files));
     argv.push(format!("--format={}", format_name(input.request.format)));
     argv.push(format!("--logfile={}", path::LOG));
     argv.push(format!("--iidfile={}", path::IMAGE_ID));
@@ -183,6 +186,7 @@ mod tests {
             request,
             target: Some("0"),
             forced_args: &forced,
+            open_files: 65_536,
             base_stores: 2,
             secret_ids: &["token".to_owned()],
             ca_targets: &["/etc/ssl/certs/ca-certificates.crt".to_owned()],
@@ -204,6 +208,7 @@ build
 --pull=never
 --layers=false
 --jobs=1
+--ulimit=nofile=65536:65536
 --format=docker
 --logfile=/proc/self/fd/1
 --iidfile=/job/run/image-id
@@ -230,7 +235,7 @@ build
     /// because none that came or changed between the two is used.
     #[test]
     fn no_flag_is_newer_than_the_oldest_supported_version_or_gone_from_a_current_one() {
-        const SINCE_1_26_AND_IN_1_44: [&str; 17] = [
+        const SINCE_1_26_AND_IN_1_44: [&str; 18] = [
             "build-arg",
             "cap-drop",
             "file",
@@ -247,6 +252,7 @@ build
             "secret",
             "target",
             "timestamp",
+            "ulimit",
             "volume",
         ];
         let argv = built(&request());

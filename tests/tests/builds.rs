@@ -180,7 +180,7 @@ fn modes() {
     let lab = lab(
         "FROM busybox:1\nCOPY . /m/\nRUN mkdir -m 1777 /sticky && mkdir -m 2755 /group && touch /s && chmod 6755 /s\n",
     );
-    for mode in [0o400, 0o600, 0o640, 0o755, 0o777, 0o111, 0o4755] {
+    for mode in [0o400, 0o600, 0o640, 0o755, 0o777, 0o511, 0o4755] {
         lab.context.file_mode(&format!("{mode:o}"), "x", mode);
     }
     lab.context.dir("closed", 0o700).dir("open", 0o777);

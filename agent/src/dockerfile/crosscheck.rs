@@ -15,6 +15,7 @@
 //! | `ARG` without a name | error | crashes |
 //! | `CMD --flag x` | an argument | drops `--flag` |
 //! | quotes in flags | kept | resolved |
+//! | `ENTRYPOINT []`, `CMD []` | error | clears the base's |
 
 use parse_dockerfile::Instruction as Parsed;
 
@@ -23,12 +24,13 @@ use super::{DockerfileError, Instruction, Keyword};
 
 /// Compares the instructions that Kiln read with those that `parse-dockerfile` reads.
 pub(super) fn check(source: &Source, instructions: &[Instruction]) -> Result<(), DockerfileError> {
-    let parsed = parse_dockerfile::parse(&source.without_heredocs).map_err(|error| syntax(&error, source))?;
+    let text = with_something_in_empty_lists(&source.without_heredocs, instructions);
+    let parsed = parse_dockerfile::parse(&text).map_err(|error| syntax(&error, source))?;
     let escape = parsed.parser_directives.escape.as_ref().map_or('\\', |escape| escape.value.value);
     if escape != source.escape {
         return Err(DockerfileError::EscapeUnclear);
     }
-    let lines = LineIndex::new(&source.without_heredocs);
+    let lines = LineIndex::new(&text);
     let mut theirs = parsed.instructions.iter().map(|instruction| {
         let (keyword, start) = keyword_of(instruction)?;
         Some((keyword, lines.line_of(start)))
@@ -44,6 +46,19 @@ pub(super) fn check(source: &Source, instructions: &[Instruction]) -> Result<(),
     }
 }
 
+/// `ENTRYPOINT []` and `CMD []` clear what the base image has; the second reader takes them for mistakes.
+fn with_something_in_empty_lists(text: &str, instructions: &[Instruction]) -> String {
+    let is_empty = |i: &&Instruction| i.args.chars().filter(|c| !c.is_whitespace()).eq("[]".chars());
+    let lines: Vec<usize> = instructions.iter().filter(is_empty).map(|i| i.end_line).collect();
+    if lines.is_empty() {
+        return text.to_owned();
+    }
+    let filled = text.split('\n').zip(1..).map(|(line, number)| {
+        if lines.contains(&number) { line.replacen('[', "[\"\"", 1) } else { line.to_owned() }
+    });
+    filled.collect::<Vec<_>>().join("\n")
+}
+
 /// The error without its place, which `DockerfileError` tells itself.
 fn syntax(error: &parse_dockerfile::Error, source: &Source) -> DockerfileError {
     let line = error.line().max(1);
@@ -53,7 +68,8 @@ fn syntax(error: &parse_dockerfile::Error, source: &Source) -> DockerfileError {
     let message = if odd {
         "the line begins with a space that is not a blank".to_owned()
     } else {
-        format!("{error:#}")
+        let message = format!("{error:#}");
+        message.strip_prefix(&format!("line {line}: ")).map_or(message.clone(), str::to_owned)
     };
     DockerfileError::Syntax { line, message }
 }

@@ -41,6 +41,7 @@ impl Run {
             request: &self.request,
             target: planned.target.as_deref(),
             forced_args: &planned.forced_args,
+            open_files: self.agent.config.build.limits.slot().open_files,
             base_stores: store_names(bases).len(),
             secret_ids: &ids,
             ca_targets: &ca_targets,

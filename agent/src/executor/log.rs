@@ -60,6 +60,18 @@ impl Ended {
         Self { summary, last_lines, last_step, redactor: None }
     }
 
+    /// What ended a command silently is told by a line of the log: good enough for a hint, not for a reason.
+    pub(super) fn hint(&self, failure: Failure) -> Failure {
+        let said = |text: &str| self.last_lines.iter().any(|line| line.contains(text));
+        if failure.run_exit_code.is_none() || failure.hint.is_some() || !said("file size limit exceeded") {
+            return failure;
+        }
+        Failure {
+            hint: Some("a file grew past build.limits.file_size; raise it if the build needs it".to_owned()),
+            ..failure
+        }
+    }
+
     /// A message may quote an instruction, and that a build argument.
     pub(super) fn redact(&self, mut failure: Failure) -> Failure {
         if let Some(redactor) = &self.redactor {

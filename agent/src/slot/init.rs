@@ -28,6 +28,8 @@ pub(super) const MAX_REPORT_BYTES: i32 = 256 * 1024;
 /// How often the processes are counted: a shell whose forks fail gives up within a tenth of a second, and
 /// then nobody would know why. One look costs some 50 µs.
 const COUNT_PERIOD: Duration = Duration::from_millis(25);
+/// How often while their number grows by more than a 64th of the limit from look to look.
+const HURRIED_PERIOD: Duration = Duration::from_millis(2);
 /// Threads are only counted when there are this many processes, or in every sixteenth look.
 const FEW_PROCESSES: u64 = 64;
 
@@ -125,9 +127,7 @@ fn exec(argv: &[String], env: &[(String, String)], limits: SlotLimits) -> i32 {
 }
 
 fn apply_limits(limits: SlotLimits) -> nix::Result<()> {
-    let (_, open_files) = nix::sys::resource::getrlimit(Resource::RLIMIT_NOFILE)?;
-    let open_files = limits.open_files.min(open_files);
-    setrlimit(Resource::RLIMIT_NOFILE, open_files, open_files)?;
+    setrlimit(Resource::RLIMIT_NOFILE, limits.open_files, limits.open_files)?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     setrlimit(Resource::RLIMIT_FSIZE, limits.file_bytes, limits.file_bytes)
 }
@@ -146,6 +146,8 @@ struct Watch {
     peak: u64,
     counted: Instant,
     looks: u64,
+    last_count: u64,
+    period: Duration,
     exit: Option<Exit>,
     breached: bool,
     terminated: bool,
@@ -161,6 +163,8 @@ impl Watch {
             peak: 0,
             counted: Instant::now(),
             looks: 0,
+            last_count: 0,
+            period: COUNT_PERIOD,
             exit: None,
             breached: false,
             terminated: false,
@@ -177,14 +181,16 @@ impl Watch {
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.stderr.as_fd(), PollFlags::POLLIN),
             ];
-            match poll(&mut fds, PollTimeout::try_from(COUNT_PERIOD).unwrap_or(PollTimeout::ZERO)) {
+            match poll(&mut fds, PollTimeout::try_from(self.period).unwrap_or(PollTimeout::ZERO)) {
                 Ok(0) => self.count(),
                 Ok(_) => self.events(&signals),
                 Err(_) => {}
             }
         }
         self.read_stderr();
-        let breach = self.breached.then_some(Breach::Pids { peak: self.peak });
+        let failed = !matches!(self.exit, Some(Exit::Code(0)));
+        let close = self.peak >= self.limit / 4 * 3;
+        let breach = (self.breached || failed && close).then_some(Breach::Pids { peak: self.peak });
         StepEnd {
             exit: self.exit.unwrap_or(Exit::Killed),
             stderr: String::from_utf8_lossy(&self.tail).into_owned(),
@@ -205,7 +211,7 @@ impl Watch {
         }
         self.read_stderr();
         self.reap();
-        if self.counted.elapsed() >= COUNT_PERIOD {
+        if self.counted.elapsed() >= self.period {
             self.count();
         }
     }
@@ -240,8 +246,12 @@ impl Watch {
         if count > FEW_PROCESSES || self.looks.is_multiple_of(16) {
             count = threads();
         }
+        let grows = count > self.last_count + self.limit / 64;
+        self.period = if grows { HURRIED_PERIOD } else { COUNT_PERIOD };
+        self.last_count = count;
         self.peak = self.peak.max(count);
-        // The limit itself is enforced by RLIMIT_NPROC; whoever comes this close only forks against it.
+        // The limit itself is enforced by RLIMIT_NPROC; whoever comes this close only forks against it. Who gives
+        // up by itself after it came three quarters of the way, between two looks, failed for the same reason.
         self.breached = count + count / 16 >= self.limit;
     }
 }
