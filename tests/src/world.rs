@@ -136,14 +136,8 @@ fn make(plan: &Plan) -> World {
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     connect(&beyond, other);
     let port = SocketAddr::new(plan.resolver.unwrap_or(SERVER).into(), 53);
-    let (answer, resolver) = channel();
-    let listen = move || drop(answer.send(Resolver::start(port, SERVER)));
-    if plan.resolver.is_some() {
-        listen()
-    } else {
-        beyond.send(Box::new(listen)).unwrap()
-    }
-    let resolver = resolver.recv().unwrap();
+    let listen = move || Resolver::start(port, SERVER);
+    let resolver = if plan.resolver.is_some() { listen() } else { ask(&beyond, listen) };
     let names = write(&format!("nameserver {}\n", port.ip()));
     cover(Path::new("/etc/resolv.conf"), names.path());
     for (place, file) in &plan.covers {

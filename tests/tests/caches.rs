@@ -1,4 +1,5 @@
 //! `RUN --mount=type=cache`: what is kept between builds, what is not, and that builds do not mix.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
@@ -16,7 +17,7 @@ use nix::sys::signal::Signal;
 const MANY: usize = 10;
 /// No more than these stay on disk, however many builds there were.
 const GENERATIONS: usize = 9;
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_mins(1);
 
 /// A place with a package server on the host's loopback.
 struct Place {
@@ -250,7 +251,7 @@ fn prune_all_forgets() {
         .run()
         .expect_code(0)
         .expect_text(&["generations of cache mounts"]);
-    assert_eq!(place.generations(), [PathBuf::new(); 0]);
+    assert!(place.generations().is_empty(), "{:?}", place.generations());
     let _ = place.run(&place.install()).expect_code(0);
     assert_eq!(place.downloads(), 2);
     place.assert_clean();
@@ -264,8 +265,6 @@ fn prune_all_takes_nothing_from_a_running_build() {
     let gate = Gate::new();
     place.prepare("", &format!("{}\n[ $(cat /cache/kept) = kept ]", gate.wait()));
     let build = place.build().start();
-    let waiting = || !place.lab.data().join("store/jobs").read_dir().unwrap().next().is_none();
-    assert!(eventually(SOON, waiting));
     build.expect_output("RUN --mount");
     let _ = place.lab.kiln("prune").arg("--all").run().expect_code(0);
     gate.open(1);

@@ -3,7 +3,6 @@
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use kiln_tests::base::BaseImage;
@@ -64,18 +63,35 @@ int main(int count, char **argv) {
 }
 "#;
 
-/// The program above, linked statically.
-fn breakout() -> &'static [u8] {
-    static PROGRAM: OnceLock<Vec<u8>> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let dir = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
-        let (source, program) = (dir.path().join("breakout.c"), dir.path().join("breakout"));
-        std::fs::write(&source, BREAKOUT).unwrap_or_else(|e| panic!("{e}"));
-        let mut cc = Command::new("cc");
-        let _ = run(cc.arg("-static").arg("-o").arg(&program).arg(&source), Duration::from_mins(1))
-            .expect_code(0);
-        std::fs::read(program).unwrap_or_else(|e| panic!("{e}"))
-    })
+/// Takes what all processes of one user share: memory of pipes, as much of it as the kernel gives.
+const HOARDER: &str = r#"
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <unistd.h>
+
+int main(void) {
+    for (int process = 0; process < 8; process++) {
+        if (fork()) continue;
+        int ends[2];
+        while (!pipe(ends)) fcntl(ends[0], F_SETPIPE_SZ, 1 << 20);
+        for (;;) pause();
+    }
+    sleep(2);
+    printf("hoarding\n");
+    fflush(stdout);
+    sleep(100);
+}
+"#;
+
+/// A program, linked statically.
+fn compile(source: &str) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
+    let (file, program) = (dir.path().join("program.c"), dir.path().join("program"));
+    std::fs::write(&file, source).unwrap_or_else(|e| panic!("{e}"));
+    let mut cc = Command::new("cc");
+    let _ = run(cc.arg("-static").arg("-o").arg(&program).arg(&file), Duration::from_mins(1)).expect_code(0);
+    std::fs::read(program).unwrap_or_else(|e| panic!("{e}"))
 }
 
 fn lab(dockerfile: &str) -> Lab {
@@ -109,7 +125,7 @@ fn assert_absent(text: &str, needles: &[&str]) {
 fn a_program_that_leaves_its_root_finds_nothing() {
     let lab = Lab::new();
     let canary = canary(&lab).display().to_string();
-    lab.context.file_mode("breakout", breakout(), 0o755);
+    lab.context.file_mode("breakout", compile(BREAKOUT), 0o755);
     lab.dockerfile(&format!(
         "FROM busybox:1\nCOPY breakout /breakout\nRUN /breakout {canary} /proc/1/root{canary} /proc/1/environ \
          /etc/shadow /job/export /secrets /etc/kiln/Dockerfile\n"
@@ -295,6 +311,17 @@ fn signals_reach_nobody_outside() {
     assert!([1, 5].contains(&outcome.code), "{}: {}", outcome.code, outcome.output());
     assert!(!sleeper.ended());
     assert_none(&lab.data(), CLEAN);
+}
+
+/// All slots of a node share one user, and the kernel counts pipe buffers per user.
+#[test]
+fn a_neighbour_that_takes_every_pipe_buffer_stops_nobody() {
+    let hoarder = lab("FROM busybox:1\nCOPY hoard /hoard\nRUN /hoard\n");
+    hoarder.context.file_mode("hoard", compile(HOARDER), 0o755);
+    let beside = hoarder.build().start();
+    beside.expect_output("hoarding\n");
+    let _ = lab("FROM busybox:1\nRUN echo x > /x\n").build_archive().run().expect_code(0);
+    assert_eq!(beside.stop(Signal::SIGTERM).code, 130);
 }
 
 /// Addresses of this machine besides loopback: connecting a datagram socket sends nothing.

@@ -12,6 +12,8 @@ use kiln_tests::plain::Plain;
 use kiln_tests::process::{Process, Running, descendants, eventually, run, with_argument};
 use kiln_tests::proxy::{Fault, FaultProxy};
 use kiln_tests::registry::{Access, Registry};
+use kiln_tests::tree::{Tree, containing};
+use nix::sys::signal::Signal;
 
 const ACCEPT_INDEX: &str = "Accept: application/vnd.oci.image.index.v1+json";
 const SOON: Duration = Duration::from_secs(10);
@@ -67,6 +69,54 @@ fn a_process_and_a_file_of_a_build_are_left_over() {
     assert_eq!(leftovers::of(data).len(), 1, "{:?}", leftovers::of(data));
 }
 
+/// The control of every test that finds nothing: what Kiln ends, plain buildah leaves, and it is seen.
+#[test]
+fn what_plain_buildah_leaves_is_seen() {
+    let lab = Lab::new();
+    let mark = format!("sleep 9{}.75", lab.registry.address().port());
+    plain_image(&lab, &format!("FROM busybox:1\nRUN setsid {mark} >/dev/null 2>&1 </dev/null &\n"));
+    let left = with_argument(&mark);
+    assert!(!left.is_empty(), "the daemon is gone");
+    left.iter().for_each(|process| process.signal(Signal::SIGKILL));
+    leftovers::assert_dead(&left, SOON);
+}
+
+#[test]
+fn a_mount_in_another_namespace_is_left_over() {
+    let data = tempfile::tempdir().unwrap();
+    let data = data.path();
+    std::fs::create_dir_all(data.join("store/jobs")).unwrap();
+    let mut command = Command::new("unshare");
+    command.args([
+        "--user",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        "mount --bind \"$0\" /mnt && exec sleep 600",
+    ]);
+    let sleeper = Running::start(command.arg(data.join("store")));
+    let seen = || leftovers::live(data).iter().any(|line| line.contains("sleep 600"));
+    assert!(eventually(SOON, seen), "{:?}", leftovers::of(data));
+    drop(sleeper);
+    leftovers::assert_none(data, SOON);
+}
+
+#[test]
+fn a_tree_that_changed_is_not_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("d/f");
+    std::fs::create_dir(dir.path().join("d")).unwrap();
+    std::fs::write(&file, "one").unwrap();
+    let before = Tree::of(dir.path());
+    before.assert_same(&Tree::of(dir.path()));
+    let time = std::fs::metadata(&file).and_then(|m| m.modified()).unwrap();
+    std::fs::write(&file, "two").unwrap();
+    std::fs::File::options().write(true).open(&file).and_then(|f| f.set_modified(time)).unwrap();
+    assert!(before != Tree::of(dir.path()), "other content at the same time");
+    assert_eq!(containing(dir.path(), &["tw".to_owned()]), [file]);
+}
+
 #[test]
 fn descendants_are_found_and_their_end_is_noticed() {
     let mut shell = Running::start(Command::new("sh").args(["-c", "sleep 600.25 & (sleep 600.25 &) ; wait"]));
@@ -80,7 +130,7 @@ fn descendants_are_found_and_their_end_is_noticed() {
     let children = found();
     assert_eq!(children.len(), 1, "the orphan is nobody's descendant: {children:?}");
     for process in with_argument("sleep 600.25") {
-        process.signal(nix::sys::signal::Signal::SIGKILL);
+        process.signal(Signal::SIGKILL);
     }
     leftovers::assert_dead(&children, SOON);
     assert!(eventually(SOON, || shell.ended()));

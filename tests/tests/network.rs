@@ -1,4 +1,5 @@
 //! What a RUN step reaches and what it does not, on a host and beyond it that exist for one test only.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;

@@ -1,5 +1,6 @@
 //! Behind a company's proxy, which opens TLS with certificates of its own: RUN and fetch work, the image does
 //! not show it.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::net::{Ipv4Addr, SocketAddr};
 
