@@ -265,7 +265,7 @@ impl Bases<'_> {
         // A predecessor may have died between its rename and its record.
         slot.change_store(Command::Remove(vec![to.clone()])).await?.map_err(failed)?;
         let failed = |cause| BaseError::Publish { digest: digest.clone(), cause };
-        slot.change_store(Command::Promote { from: "root".to_owned(), to }).await?.map_err(failed)
+        slot.change_store(Command::Promote { from: "job/root".to_owned(), to }).await?.map_err(failed)
     }
 
     fn write_record(&self, digest: &Digest, record: &BaseRecord) -> Result<(), BaseError> {

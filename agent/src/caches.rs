@@ -192,7 +192,7 @@ async fn content_size(slot: &mut Slot, stop: &mut StopSignal) -> Result<u64, Pro
 }
 
 async fn copy_content(slot: &mut Slot, stop: &mut StopSignal) -> Result<&'static str, PromoteError> {
-    shell(slot, stop, format!("cp -a --reflink=auto {CONTENT} /job/cache/flat")).await?;
+    shell(slot, stop, format!("cp -a --reflink=auto {CONTENT}/. /flat/")).await?;
     Ok("cache/flat")
 }
 

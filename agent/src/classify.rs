@@ -129,7 +129,7 @@ fn by_exit(exit: Exit) -> (Reason, Option<&'static str>) {
             Reason::OutOfMemory,
             Some("something outside the build killed it, most likely for want of memory"),
         ),
-        Exit::Code(_) | Exit::Signal(_) => (Reason::Unknown, None),
+        Exit::Code(_) | Exit::Signal(_) | Exit::NotStarted => (Reason::Unknown, None),
     }
 }
 
@@ -138,6 +138,7 @@ fn describe_exit(exit: Exit) -> String {
         Exit::Code(code) => format!("buildah exited with code {code} and said nothing"),
         Exit::Signal(signal) => format!("signal {signal} ended buildah"),
         Exit::Killed => "the slot was killed from outside".to_owned(),
+        Exit::NotStarted => "the step could not be started".to_owned(),
     }
 }
 

@@ -77,7 +77,9 @@ fn what_plain_buildah_leaves_is_seen() {
     plain_image(&lab, &format!("FROM busybox:1\nRUN setsid {mark} >/dev/null 2>&1 </dev/null &\n"));
     let left = with_argument(&mark);
     assert!(!left.is_empty(), "the daemon is gone");
-    left.iter().for_each(|process| process.signal(Signal::SIGKILL));
+    for process in &left {
+        process.signal(Signal::SIGKILL);
+    }
     leftovers::assert_dead(&left, SOON);
 }
 

@@ -13,8 +13,8 @@ use super::{Attempt, Built, Named, Planned, Run, chain};
 use crate::housekeeping;
 use crate::plan::{self, PlanInput};
 use crate::seal::{self, BaseLayer, SealLimits, SealOptions};
-use crate::slot::Slot;
 use crate::slot::wire::{Exit, Step};
+use crate::slot::{Slot, UNPACK_REFUSED};
 
 /// `sha256:` and 64 characters; more is not an image id.
 const MAX_IMAGE_ID_BYTES: u64 = 128;
@@ -25,13 +25,10 @@ impl Run {
         if end.exit == Exit::Code(0) {
             return Ok(());
         }
-        if end.breach.is_some() || !matches!(end.exit, Exit::Code(_)) {
+        if end.breach.is_some() || end.exit != Exit::Code(UNPACK_REFUSED) {
             return Err(self.step_failed(&end, None));
         }
-        let message = end.stderr.trim().to_owned();
-        let reason =
-            if message.contains("No space left") { Reason::DiskFull } else { Reason::ContextInvalid };
-        Err(self.fail(reason, message))
+        Err(self.fail(Reason::ContextInvalid, end.stderr.trim()))
     }
 
     pub(super) async fn build(&mut self, slot: &mut Slot, planned: &Planned, bases: &[Named]) -> Attempt<()> {
@@ -97,7 +94,7 @@ impl Run {
     }
 
     fn job_path(&self) -> String {
-        housekeeping::slot_directory(self.job.name())
+        format!("{}/job", housekeeping::slot_directory(self.job.name()))
     }
 
     fn store(&self) -> Attempt<std::fs::File> {

@@ -4,7 +4,6 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::Read as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
@@ -24,7 +23,7 @@ use super::wire::{Breach, Exit, SlotLimits, Step, StepEnd};
 /// Enough for buildah's own error, which is one line; RUN's output goes elsewhere.
 const STDERR_TAIL_BYTES: usize = 32 * 1024;
 /// Six bytes is the longest JSON escape of one byte; the rest of a report is small.
-pub(super) const MAX_REPORT_BYTES: i32 = 256 * 1024;
+pub(super) const MAX_REPORT_BYTES: usize = 256 * 1024;
 /// How often the processes are counted: a shell whose forks fail gives up within a tenth of a second, and
 /// then nobody would know why. One look costs some 50 µs.
 const COUNT_PERIOD: Duration = Duration::from_millis(25);
@@ -32,6 +31,11 @@ const COUNT_PERIOD: Duration = Duration::from_millis(25);
 const HURRIED_PERIOD: Duration = Duration::from_millis(2);
 /// Threads are only counted when there are this many processes, or in every sixteenth look.
 const FEW_PROCESSES: u64 = 64;
+
+/// Exit code of an archive that is not unpacked because of what it holds.
+pub(crate) const UNPACK_REFUSED: i32 = 1;
+/// What container tools answer when they themselves fail.
+const OWN_FAULT: i32 = 125;
 
 /// What a step needs from its parent.
 pub(super) struct StepContext {
@@ -47,10 +51,10 @@ pub(super) fn run(step: Step, context: StepContext) -> StepEnd {
     }
 }
 
-/// A step that could not even start. 125 is what container tools answer when they themselves fail.
+/// A step that could not even start.
 pub(super) fn failed(message: &str) -> StepEnd {
     StepEnd {
-        exit: Exit::Code(125),
+        exit: Exit::NotStarted,
         stderr: message.to_owned(),
         breach: None,
         terminated: false,
@@ -99,7 +103,10 @@ fn unpack(archive: Option<File>, limits: &crate::unpack::Limits) -> i32 {
     }
     match File::open("/job/ctx").map(|root| unpack_into(archive, &root, limits)) {
         Ok(Ok(_)) => 0,
-        Ok(Err(error)) => complain(&format!("{}: {error}", error.code())),
+        Ok(Err(error)) => {
+            complain(&format!("{}: {error}", error.code()));
+            if error.is_the_archives_fault() { UNPACK_REFUSED } else { OWN_FAULT }
+        }
         Err(error) => complain(&format!("kiln: open the context directory: {error}")),
     }
 }
@@ -135,7 +142,7 @@ fn apply_limits(limits: SlotLimits) -> nix::Result<()> {
 #[expect(clippy::print_stderr, reason = "standard error is the step's report channel")]
 fn complain(message: &str) -> i32 {
     eprintln!("{message}");
-    125
+    OWN_FAULT
 }
 
 struct Watch {
@@ -202,7 +209,8 @@ impl Watch {
 
     fn events(&mut self, signals: &SignalFd) {
         while let Ok(Some(info)) = signals.read_signal() {
-            if info.ssi_signo == Signal::SIGTERM as u32 {
+            // Zero for a sender outside of this PID namespace: a step cannot end itself in the agent's name.
+            if info.ssi_signo == Signal::SIGTERM as u32 && info.ssi_pid == 0 {
                 self.terminated = true;
                 let _ = killpg(self.child, Signal::SIGTERM);
                 // A stopped process sees no SIGTERM until it goes on.
@@ -272,11 +280,4 @@ fn threads() -> u64 {
 fn pids() -> impl Iterator<Item = u32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-}
-
-/// Reads the end of a step from its PID 1, bounded.
-pub(super) fn read_end(pipe: OwnedFd) -> Option<StepEnd> {
-    let mut bytes = Vec::new();
-    File::from(pipe).take(u64::from(MAX_REPORT_BYTES.unsigned_abs())).read_to_end(&mut bytes).ok()?;
-    serde_json::from_slice(&bytes).ok()
 }

@@ -9,12 +9,13 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag};
+use nix::fcntl::{AtFlags, FcntlArg, OFlag};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::stat::{SFlag, fstatat};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Gid, Pid, Uid, pipe2, setgroups, setresgid, setresuid};
 
@@ -24,10 +25,13 @@ use super::sys::{self, Side};
 use super::wire::{self, Breach, Command, Exit, Report, SetupError, SlotSpec, Step, StepEnd};
 use super::{init, network, reap, root};
 
-/// How often the free space is looked at. At 1 GB/s a build gets 250 MB past its limit.
+/// How often the free space is looked at. At 1 GB/s a build gets half a gigabyte past its limit.
 const DISK_PERIOD: Duration = Duration::from_millis(250);
-/// The tree is walked only when the file system lost this share of the limit since the last walk.
+/// The tree is walked when the file system lost this share of the limit since the last walk, or this much …
 const WALK_SHARE: u64 = 20;
+const WALK_BYTES: u64 = 256 * 1024 * 1024;
+/// … and now and then: a neighbour that frees space hides what we take.
+const WALK_PERIOD: Duration = Duration::from_secs(5);
 
 /// What the shim handed over.
 pub(super) struct Inheritance {
@@ -96,18 +100,22 @@ fn execute(this: &mut Inheritance, command: Command) -> Option<Report> {
 }
 
 fn promote(this: &Inheritance, from: &str, to: &str) -> nix::Result<()> {
-    // A published store must survive a power cut whole: its bytes first, its name afterwards.
-    nix::unistd::syncfs(&this.store)?;
-    nix::fcntl::renameat(&this.store, format!("jobs/{}/{from}", this.spec.job).as_str(), &this.store, to)?;
-    nix::unistd::syncfs(&this.store)
+    // Not synced: flushing a busy disk takes minutes. What was published counts only until the next boot.
+    let from = format!("jobs/{}/{from}", this.spec.job);
+    let meta = fstatat(&this.store, from.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+    if SFlag::from_bits_truncate(meta.st_mode) & SFlag::S_IFMT != SFlag::S_IFDIR {
+        return Err(Errno::ENOTDIR);
+    }
+    nix::fcntl::renameat(&this.store, from.as_str(), &this.store, to)
 }
 
 fn remove(this: &Inheritance, names: &[String]) -> nix::Result<()> {
-    names.iter().try_for_each(|name| remove_below(this.store.as_fd(), name))
+    // One that cannot be deleted must not keep the others.
+    names.iter().map(|name| remove_below(this.store.as_fd(), name)).fold(Ok(()), nix::Result::and)
 }
 
 fn finish(this: &Inheritance) -> nix::Result<()> {
-    root::unmount_caches();
+    root::unmount_job();
     remove_job(this.store.as_fd(), &this.spec.job)
 }
 
@@ -131,8 +139,7 @@ fn run_step(this: &mut Inheritance, step: Step) -> StepEnd {
 fn start_step(this: &Inheritance, step: Step) -> nix::Result<(Pid, OwnedFd)> {
     let (go, go_write) = pipe2(OFlag::O_CLOEXEC)?;
     let (end, end_write) = pipe2(OFlag::O_CLOEXEC)?;
-    // A whole report fits, so that its writer never waits for us to read before it ends.
-    nix::fcntl::fcntl(&end, FcntlArg::F_SETPIPE_SZ(init::MAX_REPORT_BYTES))?;
+    nix::fcntl::fcntl(&end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     let mut flags = CloneFlags::CLONE_NEWUSER
         | CloneFlags::CLONE_NEWPID
         | CloneFlags::CLONE_NEWNS
@@ -145,7 +152,7 @@ fn start_step(this: &Inheritance, step: Step) -> nix::Result<(Pid, OwnedFd)> {
         Side::Parent(pid) => {
             drop((go, end_write));
             map_all_ids(pid, this.spec.ids.count)?;
-            drop(go_write);
+            nix::unistd::write(&go_write, b"g")?;
             Ok((pid, end))
         }
         Side::Child => {
@@ -165,9 +172,11 @@ fn map_all_ids(pid: Pid, count: u32) -> nix::Result<()> {
 }
 
 fn step_main(this: &Inheritance, step: Step, go: &OwnedFd, end: OwnedFd) -> ! {
-    // The other end is closed once the id maps are written.
+    // Written once the id maps are; its end means that they could not be.
     let mut byte = [0];
-    let _ = nix::unistd::read(go, &mut byte);
+    if nix::unistd::read(go, &mut byte) != Ok(1) {
+        super::leave(1);
+    }
     // Its memory holds the specification with the build's secrets.
     let _ = nix::sys::prctl::set_dumpable(false);
     let archive = this.archive.as_ref().and_then(|file| file.try_clone().ok());
@@ -187,7 +196,9 @@ fn close_what_steps_must_not_hold(this: &Inheritance) {
 struct Supervision<'a> {
     this: &'a mut Inheritance,
     pid: Pid,
-    end: Option<OwnedFd>,
+    end: OwnedFd,
+    /// What was read of the step's report.
+    report: Vec<u8>,
     disk: Disk,
     kill_at: Option<Instant>,
     terminated: bool,
@@ -197,7 +208,7 @@ struct Supervision<'a> {
 impl<'a> Supervision<'a> {
     fn new(this: &'a mut Inheritance, pid: Pid, end: OwnedFd) -> Self {
         let disk = Disk::new(this.spec.limits.disk_bytes);
-        Self { this, pid, end: Some(end), disk, kill_at: None, terminated: false, breach: None }
+        Self { this, pid, end, report: Vec::new(), disk, kill_at: None, terminated: false, breach: None }
     }
 
     fn until_the_end(mut self) -> StepEnd {
@@ -205,10 +216,13 @@ impl<'a> Supervision<'a> {
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK).ok();
         loop {
             if self.ended() {
-                return self.report();
+                self.read_report();
+                return self.into_end();
             }
+            self.read_report();
             let wait = self.timeout();
             let mut fds = vec![PollFd::new(self.this.shim.as_fd(), PollFlags::POLLIN)];
+            fds.push(PollFd::new(self.end.as_fd(), PollFlags::POLLIN));
             fds.extend(signals.as_ref().map(|s| PollFd::new(s.as_fd(), PollFlags::POLLIN)));
             let _ = poll(&mut fds, wait);
             let spoken = fds[0].any().unwrap_or(false);
@@ -266,12 +280,19 @@ impl<'a> Supervision<'a> {
         let _ = kill(self.pid, Signal::SIGKILL);
     }
 
-    fn report(mut self) -> StepEnd {
-        let mut end = self
-            .end
-            .take()
-            .and_then(init::read_end)
-            .unwrap_or(StepEnd { exit: Exit::Killed, ..init::failed("") });
+    /// While the step still runs: its PID 1 must never wait for us at the end.
+    fn read_report(&mut self) {
+        let mut buffer = [0; 8192];
+        while self.report.len() < init::MAX_REPORT_BYTES
+            && let Ok(count @ 1..) = nix::unistd::read(&self.end, &mut buffer)
+        {
+            self.report.extend_from_slice(&buffer[..count]);
+        }
+    }
+
+    fn into_end(self) -> StepEnd {
+        let killed = || StepEnd { exit: Exit::Killed, ..init::failed("") };
+        let mut end: StepEnd = serde_json::from_slice(&self.report).unwrap_or_else(|_| killed());
         end.breach = self.breach.or(end.breach);
         end.terminated |= self.terminated;
         end.leftovers = leftovers();
@@ -289,12 +310,13 @@ fn leftovers() -> u32 {
 struct Disk {
     limit: u64,
     last_look: Instant,
+    last_walk: Instant,
     free_at_last_walk: Option<u64>,
 }
 
 impl Disk {
     fn new(limit: u64) -> Self {
-        Self { limit, last_look: Instant::now(), free_at_last_walk: None }
+        Self { limit, last_look: Instant::now(), last_walk: Instant::now(), free_at_last_walk: None }
     }
 
     /// The usage, if it passed the limit.
@@ -305,12 +327,14 @@ impl Disk {
         self.last_look = Instant::now();
         let free = free_bytes()?;
         let lost = self.free_at_last_walk.map(|before| before.saturating_sub(free));
-        if lost.is_some_and(|lost| lost < self.limit / WALK_SHARE) {
+        let little = lost.is_some_and(|lost| lost < WALK_BYTES.min(self.limit / WALK_SHARE));
+        if little && self.last_walk.elapsed() < WALK_PERIOD {
             return None;
         }
         self.free_at_last_walk = Some(free);
+        self.last_walk = Instant::now();
         let job = File::open("/job").ok()?;
-        let used = reap::disk_usage(job.as_fd());
+        let used = reap::disk_usage(job.as_fd()) + reap::unlinked_usage(job.as_fd());
         (used > self.limit).then_some(used)
     }
 }

@@ -30,25 +30,48 @@ pub(super) fn remove_tree(parent: BorrowedFd<'_>, name: &CStr) -> nix::Result<()
             break;
         }
     }
-    unlinkat(parent, name, UnlinkatFlags::RemoveDir)
+    unlink(parent, name, UnlinkatFlags::RemoveDir)
 }
 
 fn empty(top: BorrowedFd<'_>, dir: BorrowedFd<'_>, depth: u32, moved: &mut u64) -> nix::Result<()> {
     for (name, is_dir) in entries(dir)? {
         if !is_dir {
-            unlinkat(dir, name.as_c_str(), UnlinkatFlags::NoRemoveDir)?;
+            unlink(dir, &name, UnlinkatFlags::NoRemoveDir)?;
             continue;
         }
         if depth >= MAX_DEPTH {
-            *moved += 1;
-            renameat(dir, name.as_c_str(), top, format!(".deep-{moved}").as_str())?;
+            move_up(top, dir, &name, moved)?;
             continue;
         }
-        let child = open_dir(dir, &name)?;
+        let child = match open_dir(dir, &name) {
+            // Another cleaner was here.
+            Err(Errno::ENOENT) => continue,
+            other => other?,
+        };
         empty(top, child.as_fd(), depth + 1, moved)?;
-        unlinkat(dir, name.as_c_str(), UnlinkatFlags::RemoveDir)?;
+        unlink(dir, &name, UnlinkatFlags::RemoveDir)?;
     }
     Ok(())
+}
+
+/// What somebody else deleted is deleted.
+fn unlink(dir: BorrowedFd<'_>, name: &CStr, flags: UnlinkatFlags) -> nix::Result<()> {
+    match unlinkat(dir, name, flags) {
+        Err(Errno::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
+/// The tree may hold our own names already: the next number then.
+fn move_up(top: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &CStr, moved: &mut u64) -> nix::Result<()> {
+    loop {
+        *moved += 1;
+        match renameat(dir, name, top, format!(".deep-{moved}").as_str()) {
+            Err(Errno::EEXIST | Errno::ENOTEMPTY | Errno::ENOTDIR | Errno::EISDIR) => {}
+            Err(Errno::ENOENT) => return Ok(()),
+            other => return other,
+        }
+    }
 }
 
 fn entries(dir: BorrowedFd<'_>) -> nix::Result<Vec<(std::ffi::CString, bool)>> {
@@ -102,6 +125,23 @@ pub(super) fn disk_usage(dir: BorrowedFd<'_>) -> u64 {
     total
 }
 
+/// Bytes of files on the device of `dir` that have no name any more but are still open in this PID namespace.
+pub(super) fn unlinked_usage(dir: BorrowedFd<'_>) -> u64 {
+    let Ok(device) = nix::sys::stat::fstat(dir).map(|meta| meta.st_dev) else { return 0 };
+    let mut seen = std::collections::BTreeMap::new();
+    for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let open = std::fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
+        for descriptor in open {
+            use std::os::unix::fs::MetadataExt as _;
+            let Ok(meta) = std::fs::metadata(descriptor.path()) else { continue };
+            if meta.nlink() == 0 && meta.dev() == device {
+                seen.insert(meta.ino(), meta.blocks() * 512);
+            }
+        }
+    }
+    seen.values().sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,6 +161,25 @@ mod tests {
         }
         remove_tree(top.as_fd(), c"job").unwrap();
         assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_tree_that_holds_the_names_we_would_use_is_deleted() {
+        let temp = tempfile::tempdir().unwrap();
+        let mut deep = temp.path().join("job");
+        std::fs::create_dir(&deep).unwrap();
+        for number in 1..5 {
+            std::fs::create_dir_all(deep.join(format!(".deep-{number}/x"))).unwrap();
+        }
+        std::fs::write(deep.join(".deep-5"), "x").unwrap();
+        for _ in 0..80 {
+            deep = deep.join("d");
+        }
+        std::fs::create_dir_all(&deep).unwrap();
+        let top = std::fs::File::open(temp.path()).unwrap();
+        remove_tree(top.as_fd(), c"job").unwrap();
+        assert!(!temp.path().join("job").exists());
+        remove_tree(top.as_fd(), c"job").unwrap();
     }
 
     #[test]

@@ -52,12 +52,15 @@ pub(super) fn enter(spec: &SlotSpec) -> Setup {
 }
 
 fn make_job_directory(spec: &SlotSpec) -> Setup {
-    for dir in ["jobs".to_owned(), format!("jobs/{}", spec.job)] {
-        make_dir(&dir)?;
+    let job = format!("jobs/{}", spec.job);
+    make_dir(&job)?;
+    // The slot sees `job`. What becomes a generation of a cache lies beside it, out of the reach of a step
+    // that would put a link in its place.
+    for part in ["job", "cache", "cache/upper", "cache/work", "cache/flat"] {
+        make_dir(&format!("{job}/{part}"))?;
     }
-    let parts = ["root", "run", "tmp", "home", "xdg", "ctx", "export", "cache", "cache/upper", "cache/work"];
-    for part in parts {
-        make_dir(&format!("jobs/{}/{part}", spec.job))?;
+    for part in ["root", "run", "tmp", "home", "xdg", "ctx", "export"] {
+        make_dir(&format!("{job}/job/{part}"))?;
     }
     Ok(())
 }
@@ -152,7 +155,7 @@ fn kernel_file_systems() -> Setup {
 }
 
 fn job_mounts(spec: &SlotSpec) -> Setup {
-    let job = format!("{STORE}/jobs/{}", spec.job);
+    let job = format!("{STORE}/jobs/{}/job", spec.job);
     bind_unmasked(&job, "job")?;
     bind_unmasked(&format!("{job}/tmp"), "tmp")?;
     bind_unmasked(&format!("{job}/tmp"), "var/tmp")?;
@@ -162,11 +165,18 @@ fn job_mounts(spec: &SlotSpec) -> Setup {
     if let Some(input) = &spec.input {
         bind_read_only(&format!("{STORE}/{input}"), "in", true)?;
     }
-    spec.cache.as_ref().map_or(Ok(()), cache_mount)
+    if spec.input.is_none() {
+        // buildah keeps the secrets of a running step among its containers: in memory, not on a disk.
+        make_dir("job/root/overlay-containers")?;
+        let flags = MsFlags::empty();
+        let options = Some(("tmpfs", "size=64m,mode=0700"));
+        mount_flags(Some("containers"), "job/root/overlay-containers", options, flags)?;
+    }
+    spec.cache.as_ref().map_or(Ok(()), |cache| cache_mount(spec, cache))
 }
 
 /// buildah keeps cache mounts in `$TMPDIR/buildah-cache` (1.28) or `$TMPDIR/buildah-cache-UID`.
-fn cache_mount(cache: &CacheMount) -> Setup {
+fn cache_mount(spec: &SlotSpec, cache: &CacheMount) -> Setup {
     make_dir("c")?;
     let mut lower = Vec::new();
     for (index, generation) in cache.generations.iter().enumerate() {
@@ -178,23 +188,26 @@ fn cache_mount(cache: &CacheMount) -> Setup {
         make_dir("c/empty")?;
         lower.push("c/empty".to_owned());
     }
-    let options = format!(
-        "lowerdir={},upperdir=job/cache/upper,workdir=job/cache/work,userxattr,volatile",
-        lower.join(":")
-    );
+    let own = format!("{STORE}/jobs/{}/cache", spec.job);
+    let options =
+        format!("lowerdir={},upperdir={own}/upper,workdir={own}/work,userxattr,volatile", lower.join(":"));
     for name in ["buildah-cache", "buildah-cache-0"] {
         let target = format!("job/tmp/{name}");
         make_dir(&target)?;
     }
     mount_flags(Some("overlay"), "job/tmp/buildah-cache", Some(("overlay", &options)), MsFlags::empty())?;
-    mount_flags(Some("job/tmp/buildah-cache"), "job/tmp/buildah-cache-0", None, MsFlags::MS_BIND)
+    mount_flags(Some("job/tmp/buildah-cache"), "job/tmp/buildah-cache-0", None, MsFlags::MS_BIND)?;
+    // Where a long chain is copied into one generation.
+    make_dir("flat")?;
+    bind_unmasked(&format!("{own}/flat"), "flat")
 }
 
-/// A directory with a mount on it cannot be deleted from here.
-pub(super) fn unmount_caches() {
+/// A directory with a mount on it can neither be deleted nor moved from here.
+pub(super) fn unmount_job() {
+    // Only some jobs have each of them.
+    let _ = umount2("/job/root/overlay-containers", MntFlags::MNT_DETACH);
     for name in ["buildah-cache-0", "buildah-cache"] {
         for dir in ["/job/tmp", "/tmp", "/var/tmp"] {
-            // Only jobs with a cache have them.
             let _ = umount2(format!("{dir}/{name}").as_str(), MntFlags::MNT_DETACH);
         }
     }
@@ -211,6 +224,9 @@ fn write_file(file: &SlotFile) -> Setup {
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt as _;
     let path = Path::new(file.path.trim_start_matches('/'));
+    if path.components().any(|part| !matches!(part, std::path::Component::Normal(_))) {
+        return Err(SetupError::new(format!("write {}", file.path), "the path leaves the slot"));
+    }
     let failed = |e: std::io::Error| SetupError::new(format!("write {}", file.path), e);
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(failed)?;

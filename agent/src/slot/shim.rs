@@ -115,14 +115,16 @@ fn start(received: &Received) -> Result<Slot, SetupError> {
         flags |= CloneFlags::CLONE_NEWNET;
     }
     let (ours, theirs) = UnixStream::pair().map_err(|e| SetupError::new("make a socket", e))?;
-    let outer = spawn(flags, received.spec.ids, |go| serve(received, theirs, go))?;
+    let outer = spawn(flags, received.spec.ids, &kept(received, Some(&theirs)), || {
+        serve(received, theirs.try_clone())
+    })?;
     let network = match received.spec.network {
         NetworkMode::Isolated => Some(Slirp::start(outer.pid)),
         NetworkMode::None | NetworkMode::UnsafeHost => None,
     };
     match network.transpose() {
         Ok(network) => {
-            drop(outer.go);
+            outer.go()?;
             Ok(Slot { outer: outer.pid, socket: ours, network })
         }
         Err(error) => {
@@ -140,22 +142,38 @@ fn namespaces() -> CloneFlags {
         | CloneFlags::CLONE_NEWUTS
 }
 
-fn serve(received: &Received, shim: UnixStream, go: &OwnedFd) {
-    let mut byte = [0];
-    let _ = nix::unistd::read(go, &mut byte);
-    let Ok(store) = received.store.try_clone() else { return };
+/// Descriptors that the outer process goes on with. Every other one belongs to somebody whose death it would
+/// hide: the agent's socket, the job's lock, the shim's own end.
+fn kept(received: &Received, shim: Option<&UnixStream>) -> Vec<RawFd> {
+    let archive = received.archive.as_ref().map(AsRawFd::as_raw_fd);
+    [Some(received.store.as_raw_fd()), archive, shim.map(AsRawFd::as_raw_fd)].into_iter().flatten().collect()
+}
+
+fn serve(received: &Received, shim: std::io::Result<UnixStream>) {
+    let (Ok(store), Ok(shim)) = (received.store.try_clone(), shim) else { return };
     let archive = received.archive.as_ref().and_then(|f| f.try_clone().ok());
     outer::serve(Inheritance { spec: received.spec.clone(), shim, store, archive });
 }
 
 struct Spawned {
     pid: Pid,
-    /// Dropped when the process may go on.
     go: OwnedFd,
 }
 
+impl Spawned {
+    /// Lets the process go on.
+    fn go(&self) -> Result<(), SetupError> {
+        nix::unistd::write(&self.go, b"g").map(drop).map_err(|e| SetupError::new("start the slot", e))
+    }
+}
+
 /// Starts `body` as root of new namespaces with the subordinate ids mapped.
-fn spawn(flags: CloneFlags, ids: IdRange, body: impl FnOnce(&OwnedFd)) -> Result<Spawned, SetupError> {
+fn spawn(
+    flags: CloneFlags,
+    ids: IdRange,
+    kept: &[RawFd],
+    body: impl FnOnce(),
+) -> Result<Spawned, SetupError> {
     let failed = |what: &str, e: nix::errno::Errno| SetupError::new(what, e);
     let (go_read, go) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed("make a pipe", e))?;
     match sys::clone_process(flags).map_err(|e| failed("create namespaces", e))? {
@@ -165,12 +183,26 @@ fn spawn(flags: CloneFlags, ids: IdRange, body: impl FnOnce(&OwnedFd)) -> Result
             mapped.inspect_err(|_| end(pid)).map(|()| Spawned { pid, go })
         }
         Side::Child => {
-            drop(go);
-            // The agent's lifeline must end with the shim alone.
-            let _ = File::open("/dev/null").map(|null| nix::unistd::dup2_stdin(&null));
-            body(&go_read);
+            wait_for_go(&go_read, kept);
+            body();
             super::leave(0)
         }
+    }
+}
+
+/// In the new process: keeps only what it needs, dies with the shim, and waits for its ids.
+fn wait_for_go(go: &OwnedFd, kept: &[RawFd]) {
+    // Lost again at the change of uid, and set again there.
+    let watched = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+    let null = File::open("/dev/null").map_err(std::io::Error::from);
+    let detached = null.and_then(|null| Ok(nix::unistd::dup2_stdin(&null)?));
+    let mut kept = kept.to_vec();
+    kept.push(go.as_raw_fd());
+    let closed = sys::close_all_but(&mut kept);
+    let mut byte = [0];
+    // The end of the pipe means that the shim is gone.
+    if watched.is_err() || detached.is_err() || closed.is_err() || nix::unistd::read(go, &mut byte) != Ok(1) {
+        super::leave(1);
     }
 }
 
@@ -274,15 +306,16 @@ impl Relay {
 /// Deletes the job directory from a user namespace of its own.
 fn delete(received: &Received) -> Result<(), SetupError> {
     let (done, done_write) = pipe2(OFlag::O_CLOEXEC).map_err(|e| SetupError::new("make a pipe", e))?;
-    let child = spawn(namespaces(), received.spec.ids, |go| {
-        let mut byte = [0];
-        let _ = nix::unistd::read(go, &mut byte);
+    let mut kept = kept(received, None);
+    kept.push(done_write.as_raw_fd());
+    let child = spawn(namespaces(), received.spec.ids, &kept, || {
         let result =
             outer::become_root().and_then(|()| outer::remove_job(received.store.as_fd(), &received.spec.job));
         let answer = result.map_or_else(|e| e.to_string(), |()| "ok".to_owned());
         let _ = nix::unistd::write(&done_write, answer.as_bytes());
     })?;
-    drop((child.go, done_write));
+    child.go()?;
+    drop(done_write);
     let mut answer = [0; 256];
     let count = nix::unistd::read(&done, &mut answer).unwrap_or(0);
     end(child.pid);

@@ -98,6 +98,19 @@ pub(super) fn leave_keyring() -> nix::Result<()> {
     nix::errno::Errno::result(result).map(drop)
 }
 
+/// Closes every descriptor above standard error except these.
+pub(super) fn close_all_but(kept: &mut [i32]) -> nix::Result<()> {
+    kept.sort_unstable();
+    let mut first = 3;
+    for number in kept.iter().filter_map(|n| u32::try_from(*n).ok()) {
+        if number > first {
+            close_range(first, number - 1)?;
+        }
+        first = first.max(number + 1);
+    }
+    close_range(first, u32::MAX)
+}
+
 /// Takes ownership of a descriptor that another process sent.
 #[expect(unsafe_code, reason = "a received descriptor arrives as a number")]
 pub(super) fn own(descriptor: i32) -> std::os::fd::OwnedFd {

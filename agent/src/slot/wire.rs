@@ -177,6 +177,8 @@ pub enum Exit {
     Signal(i32),
     /// Together with its PID 1, which was killed.
     Killed,
+    /// It never ran.
+    NotStarted,
 }
 
 /// The end of a step.

@@ -101,6 +101,11 @@ impl UnpackError {
             Self::Read(_) | Self::Disk { .. } => "context_io",
         }
     }
+
+    /// Whether what the archive holds is the cause, and not the disk that it is read from or written to.
+    pub fn is_the_archives_fault(&self) -> bool {
+        !matches!(self, Self::Read(_) | Self::Disk { .. })
+    }
 }
 
 /// A quota that is used up is a full disk to whoever has to make room.
