@@ -77,7 +77,10 @@ impl Agent {
         let identity = crate::slot::discover_identity()?;
         let buildah = buildah_version()?;
         let state = State::open(data)?;
-        Ok(Self { config, state, identity, buildah })
+        let agent = Self { config, state, identity, buildah };
+        // Now, and not when the first build needs it.
+        agent.own_ca()?;
+        Ok(agent)
     }
 
     /// A client for registries with the credentials of one build.

@@ -21,7 +21,7 @@ use crate::registry::ResolvedImage;
 use crate::seal::BaseLayer;
 use crate::slot::wire::{Command, Exit, SlotFile, SlotSpec, Step, StepEnd};
 use crate::slot::{Identity, Slot, SlotFiles, SlotLost};
-use crate::state::{Job, State, StateError, open_lock, try_lock};
+use crate::state::{Job, State, StateError, boot_id, open_lock, set_mode, try_lock};
 use crate::stop::StopSignal;
 
 /// Another process imports the same image: look again this often.
@@ -50,6 +50,11 @@ pub struct BaseRecord {
     pub triggers: Vec<String>,
     /// Certificate bundles that the image has, as absolute paths inside it.
     pub ca_files: Vec<String>,
+    /// The image has a HEALTHCHECK.
+    pub healthcheck: bool,
+    /// The boot of the machine in which the store was made. Stores are not synced, so after a crash of the machine
+    /// nobody could trust them.
+    boot: String,
     /// buildah's own record of the image, without names.
     image: Value,
 }
@@ -130,7 +135,7 @@ impl Bases<'_> {
                 continue;
             }
             // Between our look and our lock somebody may have finished.
-            if !self.record_path(&image.manifest_digest).exists() {
+            if self.record_of(&image.manifest_digest).is_none() {
                 self.import(image, stop).await?;
             }
         }
@@ -144,12 +149,18 @@ impl Bases<'_> {
             Err(std::fs::TryLockError::WouldBlock) => return Ok(None),
             Err(std::fs::TryLockError::Error(error)) => return Err(self.lock_error(error)),
         }
+        let Some(record) = self.record_of(manifest) else { return Ok(None) };
         let path = self.record_path(manifest);
-        let Ok(bytes) = std::fs::read(&path) else { return Ok(None) };
-        let Ok(record) = serde_json::from_slice(&bytes) else { return Ok(None) };
         // The time of last use orders deletion. Failing to note it only makes the order worse.
         let _ = File::open(&path).and_then(|file| file.set_modified(std::time::UNIX_EPOCH + now()));
         Ok(Some(Base { record, _lock: lock }))
+    }
+
+    /// What makes a store published: a record that can be read, of this boot. Everything else is imported again.
+    fn record_of(&self, manifest: &Digest) -> Option<BaseRecord> {
+        let bytes = std::fs::read(self.record_path(manifest)).ok()?;
+        let record: BaseRecord = serde_json::from_slice(&bytes).ok()?;
+        (record.boot == boot_id()).then_some(record)
     }
 
     fn lock_error(&self, source: std::io::Error) -> BaseError {
@@ -256,7 +267,17 @@ impl Bases<'_> {
             })
             .collect();
         let triggers = parsed.config.on_build.unwrap_or_default();
-        Ok(BaseRecord { manifest: digest, config, layers, triggers, ca_files, image: record })
+        let healthcheck = parsed.config.healthcheck.is_some();
+        Ok(BaseRecord {
+            manifest: digest,
+            config,
+            layers,
+            triggers,
+            ca_files,
+            healthcheck,
+            boot: boot_id(),
+            image: record,
+        })
     }
 
     async fn publish(&self, slot: &mut Slot, digest: &Digest) -> Result<(), BaseError> {
@@ -273,7 +294,6 @@ impl Bases<'_> {
         let failed = |e: std::io::Error| StateError::io("write", &path, e);
         let mut file = tempfile::NamedTempFile::new_in(self.state.path("bases")).map_err(failed)?;
         serde_json::to_writer(&mut file, record).map_err(|e| failed(e.into()))?;
-        file.as_file().sync_all().map_err(failed)?;
         file.persist(&path).map_err(|e| failed(e.error))?;
         Ok(())
     }
@@ -296,6 +316,8 @@ struct RootFs {
 struct RunConfig {
     #[serde(rename = "OnBuild")]
     on_build: Option<Vec<String>>,
+    #[serde(rename = "Healthcheck")]
+    healthcheck: Option<Value>,
 }
 
 /// Where a base store lies below the store directory.
@@ -365,8 +387,10 @@ impl Layout {
         let layout = Self { dir, relative };
         let failed = |e| StateError::io("write the layout", &layout.dir, e);
         std::fs::create_dir(&layout.dir).map_err(failed)?;
-        std::fs::write(layout.dir.join("version"), "Directory Transport Version: 1.1\n").map_err(failed)?;
-        std::fs::write(layout.dir.join("manifest.json"), &image.manifest).map_err(failed)?;
+        // Another user reads it, whatever our umask is.
+        set_mode(&layout.dir, 0o755)?;
+        layout.write("version", b"Directory Transport Version: 1.1\n")?;
+        layout.write("manifest.json", &image.manifest)?;
         for digest in std::iter::once(&image.config.digest).chain(image.layers.iter().map(|l| &l.digest)) {
             let link = layout.dir.join(digest.hex());
             if !link.exists() {
@@ -374,6 +398,12 @@ impl Layout {
             }
         }
         Ok(layout)
+    }
+
+    fn write(&self, name: &str, content: &[u8]) -> Result<(), StateError> {
+        let path = self.dir.join(name);
+        std::fs::write(&path, content).map_err(|e| StateError::io("write", &path, e))?;
+        set_mode(&path, 0o644)
     }
 }
 

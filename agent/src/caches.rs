@@ -6,10 +6,11 @@
 use std::fs::File;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::slot::wire::{CacheMount, Command, Exit, Step};
 use crate::slot::{Slot, SlotLost};
-use crate::state::{State, StateError, open_lock, try_lock};
+use crate::state::{State, StateError, boot_id, open_lock, try_lock, wait_for_lock};
 use crate::stop::StopSignal;
 
 /// Longer chains are copied into one generation: each is one more overlay layer, and the mount options
@@ -21,8 +22,15 @@ const CONTENT: &str = "/job/tmp/buildah-cache";
 /// Which generations make up a cache, newest first.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Head {
-    chain: Vec<u64>,
-    next: u64,
+    chain: Vec<Uuid>,
+    /// The boot of the machine in which they were made: nothing is synced, so nothing outlives a crash.
+    boot: String,
+}
+
+impl Head {
+    fn of(chain: Vec<Uuid>) -> Self {
+        Self { chain, boot: boot_id() }
+    }
 }
 
 /// A cache in use. Its generations cannot be deleted while this lives.
@@ -34,18 +42,19 @@ pub struct CacheLease {
 }
 
 impl CacheLease {
-    /// Takes the newest content of a cache into use.
-    pub fn acquire(state: &State, key: &str) -> Result<Self, StateError> {
-        let guard = lock_head(state, key)?;
+    /// Takes the newest content of a cache into use. If a part of it is gone, the cache starts empty.
+    pub async fn acquire(state: &State, key: &str) -> Result<Self, StateError> {
+        let _guard = lock_head(state, key).await?;
         let head = read_head(state, key);
-        let locks = head.chain.iter().map(|n| lock_generation(state, key, *n)).collect::<Result<_, _>>()?;
-        drop(guard);
-        Ok(Self { key: key.to_owned(), head, _locks: locks })
+        let locks: Option<Vec<File>> =
+            head.chain.iter().map(|name| lock_generation(state, key, *name)).collect();
+        let head = if locks.is_some() { head } else { Head::of(Vec::new()) };
+        Ok(Self { key: key.to_owned(), head, _locks: locks.unwrap_or_default() })
     }
 
     /// What the slot mounts.
     pub fn mount(&self) -> CacheMount {
-        CacheMount { generations: self.head.chain.iter().map(|n| generation(&self.key, *n)).collect() }
+        CacheMount { generations: self.head.chain.iter().map(|name| generation(&self.key, *name)).collect() }
     }
 
     /// Keeps what a successful build wrote, up to `max_bytes` in all. Says why if it was not kept.
@@ -57,31 +66,31 @@ impl CacheLease {
         max_bytes: u64,
     ) -> Result<Option<String>, PromoteError> {
         let used = content_size(slot, stop).await?;
-        if used > max_bytes {
-            let guard = lock_head(state, &self.key)?;
-            write_head(state, &self.key, &Head { chain: Vec::new(), next: self.head.next })?;
-            drop(guard);
-            return Ok(Some(format!(
-                "cache mounts hold {used} bytes, more than data.max_cache_bytes = {max_bytes}; they start empty next time"
-            )));
-        }
         let flatten = self.head.chain.len() >= MAX_GENERATIONS;
-        let from = if flatten { copy_content(slot, stop).await? } else { "cache/upper" };
-        let _guard = lock_head(state, &self.key)?;
-        if read_head(state, &self.key) != self.head {
+        let fits = used <= max_bytes;
+        let from = if flatten && fits { copy_content(slot, stop).await? } else { "cache/upper" };
+        let _guard = lock_head(state, &self.key).await?;
+        let present = read_head(state, &self.key).chain;
+        if present != self.head.chain && !present.is_empty() {
             return Ok(Some(
                 "another build renewed the cache mounts meanwhile; its content is kept".to_owned(),
             ));
         }
-        let number = self.head.next;
-        let to = generation(&self.key, number);
+        if !fits {
+            write_head(state, &self.key, &Head::of(Vec::new()))?;
+            return Ok(Some(format!(
+                "cache mounts hold {used} bytes, more than data.max_cache_bytes = {max_bytes}; they start empty next time"
+            )));
+        }
+        let name = Uuid::now_v7();
         make_parent(state, &self.key)?;
+        let to = generation(&self.key, name);
         slot.change_store(Command::Promote { from: from.to_owned(), to })
             .await?
             .map_err(PromoteError::Rename)?;
-        let mut chain = vec![number];
-        chain.extend(self.head.chain.iter().filter(|_| !flatten));
-        write_head(state, &self.key, &Head { chain, next: number + 1 })?;
+        let older = self.head.chain.iter().copied().filter(|_| !flatten);
+        let chain = std::iter::once(name).chain(older).collect();
+        write_head(state, &self.key, &Head::of(chain))?;
         Ok(None)
     }
 }
@@ -103,18 +112,26 @@ pub enum PromoteError {
     Step(String),
 }
 
-/// Generations that no head names and nobody uses, as paths below the store directory.
-pub fn unused_generations(state: &State) -> Result<Vec<String>, StateError> {
+/// A generation that nobody can take into use.
+#[derive(Debug)]
+pub struct UnusedGeneration {
+    /// Its path below the store directory.
+    pub path: String,
+    _lock: File,
+}
+
+/// Generations that no head names and nobody uses.
+pub async fn unused_generations(state: &State) -> Result<Vec<UnusedGeneration>, StateError> {
     let root = state.path("store/cache");
     let mut unused = Vec::new();
     for key in names(&root) {
-        let _guard = lock_head(state, &key)?;
+        let _guard = lock_head(state, &key).await?;
         let head = read_head(state, &key);
-        let old = names(&root.join(&key)).into_iter().filter_map(|n| n.parse::<u64>().ok());
-        for number in old.filter(|n| !head.chain.contains(n)) {
-            let lock = open_lock(&lock_path(state, &key, number))?;
+        let old = names(&root.join(&key)).into_iter().filter_map(|name| name.parse::<Uuid>().ok());
+        for name in old.filter(|name| !head.chain.contains(name)) {
+            let lock = open_lock(&lock_path(state, &key, name))?;
             if matches!(try_lock(&lock), Ok(Some(()))) {
-                unused.push(generation(&key, number));
+                unused.push(UnusedGeneration { path: generation(&key, name), _lock: lock });
             }
         }
     }
@@ -122,11 +139,10 @@ pub fn unused_generations(state: &State) -> Result<Vec<String>, StateError> {
 }
 
 /// Forgets the content of every cache; the generations become unused.
-pub fn forget_all(state: &State) -> Result<(), StateError> {
+pub async fn forget_all(state: &State) -> Result<(), StateError> {
     for key in names(&state.path("store/cache")) {
-        let _guard = lock_head(state, &key)?;
-        let head = read_head(state, &key);
-        write_head(state, &key, &Head { chain: Vec::new(), next: head.next })?;
+        let _guard = lock_head(state, &key).await?;
+        write_head(state, &key, &Head::of(Vec::new()))?;
     }
     Ok(())
 }
@@ -136,34 +152,31 @@ fn names(dir: &std::path::Path) -> Vec<String> {
     entries.filter_map(|e| e.file_name().into_string().ok()).collect()
 }
 
-fn generation(key: &str, number: u64) -> String {
-    format!("cache/{key}/{number}")
+fn generation(key: &str, name: Uuid) -> String {
+    format!("cache/{key}/{name}")
 }
 
-fn lock_path(state: &State, key: &str, number: u64) -> std::path::PathBuf {
-    state.path(&format!("caches/{key}-{number}.lock"))
+fn lock_path(state: &State, key: &str, name: Uuid) -> std::path::PathBuf {
+    state.path(&format!("caches/{key}-{name}.lock"))
 }
 
-fn lock_generation(state: &State, key: &str, number: u64) -> Result<File, StateError> {
-    let path = lock_path(state, key, number);
-    let lock = open_lock(&path)?;
-    // Deletion holds it exclusively, but only for generations that no head names.
-    lock.try_lock_shared().map_err(|e| StateError::io("lock", &path, e.into()))?;
-    Ok(lock)
+/// The right to use a generation, if it is there and nobody deletes it.
+fn lock_generation(state: &State, key: &str, name: Uuid) -> Option<File> {
+    let lock = open_lock(&lock_path(state, key, name)).ok()?;
+    lock.try_lock_shared().ok()?;
+    state.path(&format!("store/{}", generation(key, name))).is_dir().then_some(lock)
 }
 
 /// Held for a few file operations only, so waiting for it is short.
-fn lock_head(state: &State, key: &str) -> Result<File, StateError> {
-    let path = state.path(&format!("caches/{key}.lock"));
-    let lock = open_lock(&path)?;
-    lock.lock().map_err(|e| StateError::io("lock", &path, e))?;
-    Ok(lock)
+async fn lock_head(state: &State, key: &str) -> Result<File, StateError> {
+    wait_for_lock(&state.path(&format!("caches/{key}.lock")), File::try_lock).await
 }
 
+/// A missing or damaged head, or one of an earlier boot, is an empty cache.
 fn read_head(state: &State, key: &str) -> Head {
-    // A missing or damaged head is an empty cache.
     let bytes = std::fs::read(state.path(&format!("caches/{key}.json"))).unwrap_or_default();
-    serde_json::from_slice(&bytes).unwrap_or_default()
+    let head: Head = serde_json::from_slice(&bytes).unwrap_or_default();
+    if head.boot == boot_id() { head } else { Head::of(Vec::new()) }
 }
 
 fn write_head(state: &State, key: &str, head: &Head) -> Result<(), StateError> {
@@ -171,7 +184,6 @@ fn write_head(state: &State, key: &str, head: &Head) -> Result<(), StateError> {
     let failed = |e: std::io::Error| StateError::io("write", &path, e);
     let mut file = tempfile::NamedTempFile::new_in(state.path("caches")).map_err(failed)?;
     serde_json::to_writer(&mut file, head).map_err(|e| failed(e.into()))?;
-    file.as_file().sync_all().map_err(failed)?;
     file.persist(&path).map_err(|e| failed(e.error)).map(drop)
 }
 

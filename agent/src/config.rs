@@ -285,7 +285,7 @@ fn parse_network(text: &str) -> Result<Network, String> {
         parsed.ok_or_else(|| format!("`{text}` is not a network; write for example 10.0.0.0/8"))?;
     let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
     let network = Network { address: Ipv4Addr::from(u32::from(address) & mask), prefix };
-    if prefix > 0 && crate::slot::is_never_reached(&network) {
+    if prefix > 0 && crate::slot::is_never_reached(network) {
         return Err(format!("`{text}` is loopback, link-local or no address: RUN never reaches it"));
     }
     Ok(network)

@@ -99,12 +99,10 @@ pub async fn run(
     let work = Run::start(agent, build, job, request, inputs, events, signal)?.run_to_its_end();
     tokio::pin!(work, timeout);
     let mut expired = false;
-    if let Some(stop) = outside.current() {
-        stopper.request(stop.reason);
-    }
     loop {
         tokio::select! {
             finished = &mut work => return Ok(finished),
+            // An earlier request counts too: this handle has not seen it yet.
             stop = outside.changed() => stopper.request(stop.reason),
             () = &mut timeout, if !expired => {
                 expired = true;
@@ -143,6 +141,8 @@ struct Planned {
 /// A base image under the name that the Dockerfile uses.
 struct Named {
     name: String,
+    /// Line of the first instruction that names it.
+    line: usize,
     base: Arc<Base>,
 }
 
@@ -243,10 +243,16 @@ impl Run {
         let planned = self.plan()?;
         self.enter(Phase::Fetch).await;
         let bases = self.fetch(&planned).await?;
-        self.check_triggers(&bases)?;
+        self.check_triggers(&bases).await?;
         self.enter(Phase::Slot).await;
-        let cache = self.cache(&planned, &bases)?;
-        let mut slot = self.open_slot(&bases, cache.as_ref(), log).await?;
+        let cache = self.cache(&planned, &bases).await?;
+        let mut slot = match self.open_slot(&bases, cache.as_ref(), log).await {
+            Ok(slot) => slot,
+            Err(failure) => {
+                self.sweep_after_loss().await;
+                return Err(failure);
+            }
+        };
         let built = self.in_slot(&mut slot, &planned, &bases, cache).await;
         if built.is_ok() {
             self.enter(Phase::Clean).await;
@@ -304,12 +310,20 @@ impl Run {
         self.close_phase();
         self.phase = phase;
         self.phase_began = Instant::now();
-        // A watcher that is gone does not end the build.
-        let _ = self.events.send(Event::Phase(phase)).await;
+        self.tell(Event::Phase(phase)).await;
     }
 
     async fn note(&self, text: String) {
-        let _ = self.events.send(Event::Note(text)).await;
+        self.tell(Event::Note(text)).await;
+    }
+
+    /// A watcher that is gone, or that does not read when the build is to stop, holds nothing up.
+    async fn tell(&self, event: Event) {
+        let mut stop = self.stop.clone();
+        tokio::select! {
+            _ = self.events.send(event) => {}
+            _ = stop.stopped() => {}
+        }
     }
 
     fn close_phase(&mut self) {

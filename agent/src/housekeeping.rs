@@ -12,6 +12,7 @@ use kiln_protocol::{BuildId, Digest};
 use crate::agent::Agent;
 use crate::bases::{self, BaseRecord, Bases};
 use crate::caches;
+use crate::logs::spool;
 use crate::slot::wire::{Command, SlotSpec};
 use crate::slot::{Slot, SlotFiles, SlotLost};
 use crate::state::{StateError, open_lock, try_lock};
@@ -59,6 +60,11 @@ pub async fn reclaim(agent: &Agent) -> Result<usize, HousekeepingError> {
     let count = paths.len();
     remove(agent, paths).await?;
     for job in &abandoned {
+        // The log of a killed build is read as any other.
+        let log = agent.state.path(&format!("logs/{}.log", job.name()));
+        if let Err(error) = spool::recover(&log) {
+            tracing::warn!(log = %log.display(), %error, "cannot put the log of a killed build together");
+        }
         let layout = agent.state.path(&format!("store/in/{}", job.name()));
         if layout.exists() {
             std::fs::remove_dir_all(&layout).map_err(|e| StateError::io("delete", &layout, e))?;
@@ -115,25 +121,45 @@ pub(crate) async fn remove(agent: &Agent, paths: Vec<String>) -> Result<(), Hous
 pub async fn prune(agent: &Agent, all: bool) -> Result<Pruned, HousekeepingError> {
     let mut pruned = Pruned { logs: old_logs(agent, all)?, ..Pruned::default() };
     if all {
-        caches::forget_all(&agent.state)?;
+        caches::forget_all(&agent.state).await?;
     }
-    let mut paths = caches::unused_generations(&agent.state)?;
-    pruned.cache_generations = paths.len();
-    let doomed = doomed_bases(agent, all)?;
+    // The locks are held until the files are gone.
+    let generations = caches::unused_generations(&agent.state).await?;
+    pruned.cache_generations = generations.len();
+    let mut doomed = doomed_bases(agent, all)?;
+    doomed.extend(stray_bases(agent)?);
     pruned.bases = doomed.len();
-    paths.extend(doomed.iter().map(|base| bases::store_name(&base.record.manifest)));
+    let paths = generations.iter().map(|generation| generation.path.clone());
+    let paths: Vec<String> =
+        paths.chain(doomed.iter().map(|base| bases::store_name(&base.manifest))).collect();
     if !paths.is_empty() {
         remove(agent, paths).await?;
     }
-    drop(doomed);
+    drop((doomed, generations));
     pruned.blob_bytes = unreferenced_blobs(agent)?;
     Ok(pruned)
 }
 
 /// A base that nobody uses; the lock keeps it so.
 struct Doomed {
-    record: BaseRecord,
+    manifest: Digest,
     _lock: std::fs::File,
+}
+
+/// Stores without a record: their maker died between the two.
+fn stray_bases(agent: &Agent) -> Result<Vec<Doomed>, HousekeepingError> {
+    let store = Bases { state: &agent.state, config: &agent.config, identity: agent.identity };
+    let mut stray = Vec::new();
+    for path in list(&agent.state.path("store/base"), "") {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let Ok(manifest) = format!("sha256:{name}").parse::<Digest>() else { continue };
+        let lock = open_lock(&store.lock_path(&manifest))?;
+        // Whoever imports it holds the lock.
+        if matches!(try_lock(&lock), Ok(Some(()))) && !store.record_path(&manifest).exists() {
+            stray.push(Doomed { manifest, _lock: lock });
+        }
+    }
+    Ok(stray)
 }
 
 fn doomed_bases(agent: &Agent, all: bool) -> Result<Vec<Doomed>, HousekeepingError> {
@@ -156,7 +182,7 @@ fn doomed_bases(agent: &Agent, all: bool) -> Result<Vec<Doomed>, HousekeepingErr
         let path = store.record_path(&record.manifest);
         std::fs::remove_file(&path).map_err(|e| StateError::io("delete", &path, e))?;
         total -= size(&record);
-        doomed.push(Doomed { record, _lock: lock });
+        doomed.push(Doomed { manifest: record.manifest, _lock: lock });
     }
     Ok(doomed)
 }
@@ -189,8 +215,10 @@ fn old_logs(agent: &Agent, all: bool) -> Result<usize, HousekeepingError> {
     logs.sort();
     let keep = if all { 0 } else { agent.config.logs.keep };
     let old = logs.len().saturating_sub(keep);
-    for path in logs.iter().take(old) {
-        std::fs::remove_file(path).map_err(|e| StateError::io("delete", path, e))?;
+    let running =
+        |path: &Path| path.file_stem().is_some_and(|build| agent.state.path("jobs").join(build).exists());
+    for path in logs.iter().take(old).filter(|path| !running(path)) {
+        spool::remove(path).map_err(|e| StateError::io("delete", path, e))?;
     }
     Ok(old)
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! DATA/                  0700, the agent's
+//!   kiln-data            says that the directory is Kiln's
 //!   blobs/sha256/        content by digest: layers, manifests and configs of base images
 //!   bases/               one description and one lock per base image
 //!   caches/              heads and locks of cache mounts
@@ -20,6 +21,7 @@
 use std::fs::{File, OpenOptions, Permissions, TryLockError};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use kiln_protocol::BuildId;
 
@@ -29,6 +31,12 @@ use crate::blobs::BlobStore;
 const PRIVATE: [&str; 4] = ["bases", "caches", "jobs", "logs"];
 /// Directories that slots write to under subordinate uids.
 const SHARED: [&str; 6] = ["store", "store/mnt", "store/jobs", "store/base", "store/cache", "store/in"];
+
+/// Says that a directory is ours; holds the version of its layout.
+const MARKER: &str = "kiln-data";
+/// Locks that are waited for are held for a few file operations.
+const LOCK_TIMEOUT: Duration = Duration::from_mins(1);
+const LOCK_POLL: Duration = Duration::from_millis(20);
 
 /// Something about the data directory.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +55,20 @@ pub enum StateError {
     /// The blob store cannot be opened.
     #[error("open the blob store")]
     Blobs(#[from] crate::blobs::BlobError),
+    /// The directory belongs to somebody else.
+    #[error("{} has files in it and is no data directory of Kiln; name an empty or a new one", path.display())]
+    NotOurs {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// Somebody held a lock for too long.
+    #[error("{} was locked for more than {seconds} s by another kiln", path.display())]
+    Locked {
+        /// The lock.
+        path: PathBuf,
+        /// How long we waited.
+        seconds: u64,
+    },
     /// There is too little space to start a build.
     #[error("{} has {free} bytes free, and a build starts only with {wanted} (data.min_free)", path.display())]
     NoSpace {
@@ -77,6 +99,7 @@ impl State {
     pub fn open(root: &Path) -> Result<Self, StateError> {
         std::fs::create_dir_all(root).map_err(|e| StateError::io("create", root, e))?;
         let root = root.canonicalize().map_err(|e| StateError::io("open", root, e))?;
+        claim(&root)?;
         set_mode(&root, 0o700)?;
         for name in PRIVATE {
             make_dir(&root.join(name), 0o700)?;
@@ -131,12 +154,9 @@ impl State {
     }
 
     /// Keeps blobs that no base image names yet from being deleted, as long as the result lives.
-    pub fn use_blobs(&self) -> Result<File, StateError> {
-        let path = self.path("blobs/lock");
-        let lock = open_lock(&path)?;
+    pub async fn use_blobs(&self) -> Result<File, StateError> {
         // Held exclusively only while unreferenced blobs are deleted.
-        lock.lock_shared().map_err(|e| StateError::io("lock", &path, e))?;
-        Ok(lock)
+        wait_for_lock(&self.path("blobs/lock"), File::try_lock_shared).await
     }
 
     /// The right to delete unreferenced blobs, unless somebody is fetching.
@@ -209,6 +229,38 @@ impl Drop for Job {
     }
 }
 
+/// Makes an empty directory ours. One with files in it must be ours already.
+fn claim(root: &Path) -> Result<(), StateError> {
+    let marker = root.join(MARKER);
+    let mut entries = std::fs::read_dir(root).map_err(|e| StateError::io("list", root, e))?;
+    if entries.next().is_some() && !marker.exists() {
+        return Err(StateError::NotOurs { path: root.to_owned() });
+    }
+    std::fs::write(&marker, "1\n").map_err(|e| StateError::io("write", &marker, e))
+}
+
+/// Waits for a lock without holding up anything else.
+pub(crate) async fn wait_for_lock(
+    path: &Path,
+    take: impl Fn(&File) -> Result<(), TryLockError>,
+) -> Result<File, StateError> {
+    let lock = open_lock(path)?;
+    let began = std::time::Instant::now();
+    while began.elapsed() < LOCK_TIMEOUT {
+        match take(&lock) {
+            Ok(()) => return Ok(lock),
+            Err(TryLockError::WouldBlock) => tokio::time::sleep(LOCK_POLL).await,
+            Err(TryLockError::Error(error)) => return Err(StateError::io("lock", path, error)),
+        }
+    }
+    Err(StateError::Locked { path: path.to_owned(), seconds: LOCK_TIMEOUT.as_secs() })
+}
+
+/// What names this boot of the machine. Content that was not synced counts only until the next one.
+pub(crate) fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
 /// Opens a lock file.
 pub(crate) fn open_lock(path: &Path) -> Result<File, StateError> {
     let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
@@ -227,12 +279,13 @@ pub(crate) fn try_lock(file: &File) -> std::io::Result<Option<()>> {
 fn make_dir(path: &Path, mode: u32) -> Result<(), StateError> {
     match std::fs::create_dir(path) {
         Ok(()) => set_mode(path, mode),
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        // Its creator may have died before it set the mode.
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => set_mode(path, mode),
         Err(error) => Err(StateError::io("create", path, error)),
     }
 }
 
-fn set_mode(path: &Path, mode: u32) -> Result<(), StateError> {
+pub(crate) fn set_mode(path: &Path, mode: u32) -> Result<(), StateError> {
     std::fs::set_permissions(path, Permissions::from_mode(mode))
         .map_err(|e| StateError::io("set the mode of", path, e))
 }
@@ -266,6 +319,15 @@ mod tests {
         drop(slot);
         let found = state.abandoned_jobs().unwrap();
         assert_eq!(found.iter().map(Job::name).collect::<Vec<_>>(), ["two"]);
+    }
+
+    #[test]
+    fn a_directory_of_somebody_else_is_left_alone() {
+        let temp = tempfile::tempdir().unwrap();
+        std::fs::write(temp.path().join("precious"), "x").unwrap();
+        let error = State::open(temp.path()).unwrap_err();
+        assert!(matches!(error, StateError::NotOurs { .. }), "{error}");
+        assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use clap::Parser as _;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use crate::args::{Cli, Command, substitute};
-use crate::{build, check, doctor, prune};
+use crate::{build, check, doctor, prune, terminal};
 
 /// Exit code of a command that cannot be understood.
 pub(crate) const USAGE: u8 = 2;
@@ -57,11 +57,10 @@ pub(crate) fn run() -> ExitCode {
     }
 }
 
-#[expect(clippy::print_stderr, reason = "the edge speaks to the user")]
 fn print_error(exit: &Exit) {
-    eprintln!("kiln: {}", exit.message);
+    terminal::say(&exit.message);
     if let Some(hint) = &exit.hint {
-        eprintln!("hint: {hint}");
+        terminal::hint(hint);
     }
 }
 

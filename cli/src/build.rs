@@ -5,23 +5,24 @@ use std::io::Write as _;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kiln_agent::agent::Agent;
 use kiln_agent::config::Config;
 use kiln_agent::dockerfile::Dockerfile;
 use kiln_agent::executor::{self, BuildInputs, Event, Finished, chain};
+use kiln_agent::housekeeping;
 use kiln_agent::output::{self, OutputSpec};
 use kiln_agent::registry::{Credentials, RegistryConfig};
 use kiln_agent::seal::Sealed;
 use kiln_agent::state::Job;
 use kiln_agent::stop::{self, StopSignal};
 use kiln_agent::unpack::{self, Limits};
-use kiln_agent::{housekeeping, logs::display};
 use kiln_protocol::request::{BuildRequest, ImageFormat};
 use kiln_protocol::result::{Failure, Phase, PhaseDuration};
 use kiln_protocol::{BuildId, Reason};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use crate::app::Exit;
 use crate::args::{BuildArgs, Progress};
@@ -33,6 +34,8 @@ use crate::{context, credentials, dockerfile, inputs, paths, progress};
 const EVENT_BUFFER: usize = 1024;
 /// A context above this is worth a word: most are accidents.
 const LARGE_CONTEXT_BYTES: u64 = 100 * 1024 * 1024;
+/// Then whoever does not read does not want to.
+const SHOW_AFTER_STOP: Duration = Duration::from_secs(1);
 /// Exit code of a cancelled command.
 const CANCELLED: u8 = 130;
 /// Exit code when a registry does not let us in.
@@ -134,16 +137,33 @@ async fn execute(plan: Plan, mut stop: StopSignal) -> Result<u8, Exit> {
     let Prepared { build, job, inputs } = prepared;
     let signal = stop.clone();
     let work = executor::run(Arc::clone(&agent), build, job, plan.request.clone(), inputs, events, stop);
-    let (finished, ()) = tokio::join!(work, print(&plan.printer, receiver));
-    let finished = finished.map_err(|e| Exit::system(chain(&e)))?;
+    let printing = print(plan.printer, receiver);
+    let finished = work.await.map_err(|e| Exit::system(chain(&e)))?;
+    printed(printing, &mut signal.clone()).await;
     // On a thread of its own, so that a signal can stop the writing.
     let concluding = tokio::task::spawn_blocking(move || conclude(&plan, &agent, &finished, &signal, clock));
     concluding.await.map_err(|e| Exit::system(format!("write the outputs: {e}")))?
 }
 
-async fn print(printer: &Printer, mut events: mpsc::Receiver<Event>) {
-    while let Some(event) = events.recv().await {
-        printer.show(&event);
+/// On a thread of its own: a terminal that does not read must not make us deaf to signals.
+fn print(printer: Printer, mut events: mpsc::Receiver<Event>) -> JoinHandle<()> {
+    tokio::task::spawn_blocking(move || {
+        while let Some(event) = events.blocking_recv() {
+            printer.show(&event);
+        }
+    })
+}
+
+/// Waits until everything is shown; after a stop only for a moment.
+async fn printed(printing: JoinHandle<()>, stop: &mut StopSignal) {
+    let given_up = async {
+        stop.stopped().await;
+        tokio::time::sleep(SHOW_AFTER_STOP).await;
+    };
+    tokio::select! {
+        // It ends with the events; a panic in it was shown.
+        _ = printing => {}
+        () = given_up => {}
     }
 }
 
@@ -209,7 +229,7 @@ async fn pack(plan: &Plan, job: &Job) -> Result<File, Exit> {
     let summary = format!("context {} ({} entries, {} bytes)", packed.digest, packed.entries, packed.bytes);
     plan.printer.say(&summary);
     for note in &packed.skipped {
-        plan.printer.say(&format!("skipped {}", display::sanitize(note, display::Colours::Strip)));
+        plan.printer.say(&format!("skipped {note}"));
     }
     if packed.bytes > LARGE_CONTEXT_BYTES {
         plan.printer.say("the context is large; a .dockerignore can leave files out. The largest:");

@@ -9,7 +9,7 @@ use kiln_protocol::request::ImageFormat;
 
 use crate::app::Exit;
 use crate::args::CheckArgs;
-use crate::{context, dockerfile, inputs};
+use crate::{context, dockerfile, inputs, terminal};
 
 /// Exit code when something was found.
 const PROBLEMS: u8 = 1;
@@ -92,17 +92,16 @@ fn check_context(args: &CheckArgs, source: &dockerfile::Source, findings: &mut F
     Ok(())
 }
 
-#[expect(clippy::print_stdout, reason = "the edge speaks to the user")]
 fn print(findings: &Findings) {
     for fact in &findings.facts {
-        println!("{fact}");
+        terminal::out(fact);
     }
     for problem in &findings.problems {
-        println!("problem: {problem}");
+        terminal::out(&format!("problem: {problem}"));
     }
     match findings.problems.len() {
-        0 => println!("no problems found"),
-        1 => println!("1 problem found"),
-        count => println!("{count} problems found"),
+        0 => terminal::out("no problems found"),
+        1 => terminal::out("1 problem found"),
+        count => terminal::out(&format!("{count} problems found")),
     }
 }

@@ -4,7 +4,7 @@ use kiln_agent::doctor::{self, Finding, Standing};
 
 use crate::app::{Exit, SYSTEM};
 use crate::args::DoctorArgs;
-use crate::paths;
+use crate::{paths, terminal};
 
 /// Prepares a machine: read it before you run it.
 const SETUP: &str = include_str!("setup.sh");
@@ -12,7 +12,7 @@ const SETUP: &str = include_str!("setup.sh");
 /// Runs the command.
 pub(crate) fn run(args: &DoctorArgs) -> Result<u8, Exit> {
     if args.print_setup {
-        print(SETUP.trim_end());
+        terminal::document(SETUP.trim_end());
         return Ok(0);
     }
     let config = paths::load_config(&args.places)?;
@@ -40,7 +40,6 @@ fn line(finding: &Finding) -> String {
     format!("{standing:<8} {}: {}{remedy}", finding.name, finding.found)
 }
 
-#[expect(clippy::print_stdout, reason = "the edge speaks to the user")]
 fn print(text: &str) {
-    println!("{text}");
+    terminal::out(text);
 }

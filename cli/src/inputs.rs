@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use kiln_agent::executor::Secret;
+use kiln_protocol::request::{SECRET_ID_RULE, is_secret_id};
 
 use crate::app::Exit;
 
@@ -99,9 +100,8 @@ fn secret(text: &str, lookup: &impl Fn(&str) -> Option<String>) -> Result<Secret
         }
     }
     let id = id.ok_or_else(|| Exit::usage(format!("--secret `{text}`: id=NAME is missing")))?;
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
-    if id.is_empty() || id.starts_with(['.', '-']) || id.len() > 128 || !id.chars().all(plain) {
-        return Err(Exit::usage(format!("--secret id={id}: an id is up to 128 letters, digits, _ . -")));
+    if !is_secret_id(id) {
+        return Err(Exit::usage(format!("--secret id={id}: {SECRET_ID_RULE}")));
     }
     let value = match (src, env) {
         (Some(path), None) => read_secret(id, path)?,

@@ -13,6 +13,7 @@ mod paths;
 mod progress;
 mod prune;
 mod signals;
+mod terminal;
 
 fn main() -> std::process::ExitCode {
     // Before anything else: this process image also serves as the slot's single-threaded shim.

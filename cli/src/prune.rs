@@ -5,7 +5,7 @@ use kiln_agent::housekeeping::{self, Pruned};
 
 use crate::app::Exit;
 use crate::args::PruneArgs;
-use crate::paths;
+use crate::{paths, terminal};
 
 /// Runs the command.
 pub(crate) fn run(args: &PruneArgs) -> Result<u8, Exit> {
@@ -18,9 +18,11 @@ pub(crate) fn run(args: &PruneArgs) -> Result<u8, Exit> {
     Ok(0)
 }
 
-#[expect(clippy::print_stdout, reason = "the edge speaks to the user")]
 fn report(reclaimed: usize, pruned: &Pruned) {
-    println!("deleted {reclaimed} jobs of killed builds");
-    println!("deleted {} base images and {} bytes of blobs", pruned.bases, pruned.blob_bytes);
-    println!("deleted {} generations of cache mounts and {} logs", pruned.cache_generations, pruned.logs);
+    terminal::out(&format!("deleted {reclaimed} jobs of killed builds"));
+    terminal::out(&format!("deleted {} base images and {} bytes of blobs", pruned.bases, pruned.blob_bytes));
+    terminal::out(&format!(
+        "deleted {} generations of cache mounts and {} logs",
+        pruned.cache_generations, pruned.logs
+    ));
 }

@@ -3,10 +3,19 @@
 #   sh setup.sh          prepares the system user `kiln`, under whose ids root's builds run
 #   sh setup.sh USER     prepares USER, who then runs builds without root
 set -eu
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+if [ "$(id -u)" -ne 0 ]; then
+    echo "run it as root" >&2
+    exit 1
+fi
 user=${1:-kiln}
 
 # 1. The user. It owns nothing and cannot log in.
 if ! getent passwd "$user" >/dev/null; then
+    if [ "$user" != kiln ]; then
+        echo "there is no user $user" >&2
+        exit 1
+    fi
     useradd --system --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin "$user"
     echo "made the system user $user"
 fi
@@ -17,7 +26,8 @@ next_free() {
         /etc/subuid /etc/subgid 2>/dev/null || echo 100000
 }
 has_range() {
-    awk -F: -v user="$user" '$1 == user && $3 >= 65536 { found = 1 } END { exit !found }' "$1" 2>/dev/null
+    awk -F: -v user="$user" -v uid="$(id -u "$user")" \
+        '($1 == user || $1 == uid) && $3 >= 65536 { found = 1 } END { exit !found }' "$1" 2>/dev/null
 }
 touch /etc/subuid /etc/subgid
 if ! has_range /etc/subuid || ! has_range /etc/subgid; then
@@ -38,14 +48,11 @@ if [ -c /dev/net/tun ] && [ "$(stat -c %a /dev/net/tun)" != 666 ]; then
 fi
 
 # 4. User namespaces, where the kernel asks for permission.
-for knob in kernel.unprivileged_userns_clone=1; do
-    name=${knob%=*}
-    path=/proc/sys/$(echo "$name" | tr . /)
-    if [ -e "$path" ] && [ "$(cat "$path")" = 0 ]; then
-        sysctl -w "$knob"
-        echo "$knob" >/etc/sysctl.d/60-kiln.conf
-    fi
-done
+knob=/proc/sys/kernel/unprivileged_userns_clone
+if [ -e "$knob" ] && [ "$(cat "$knob")" = 0 ]; then
+    sysctl -w kernel.unprivileged_userns_clone=1
+    echo kernel.unprivileged_userns_clone=1 >/etc/sysctl.d/60-kiln.conf
+fi
 
 # 5. Memory and CPU limits: systemd hands cgroup controllers to the services of a user.
 if [ -d /run/systemd/system ] && [ ! -e /etc/systemd/system/user@.service.d/kiln.conf ]; then

@@ -27,6 +27,16 @@ pub enum NetworkMode {
     UnsafeHost,
 }
 
+/// What a secret may be called: the id becomes a file name and a part of a flag.
+pub const SECRET_ID_RULE: &str =
+    "an id is 1 to 128 letters, digits, _ . - and begins with none of the last two";
+
+/// Whether [`SECRET_ID_RULE`] holds.
+pub fn is_secret_id(id: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
+    (1..=128).contains(&id.len()) && !id.starts_with(['.', '-']) && id.chars().all(plain)
+}
+
 /// One build, as the client describes it. Files travel beside it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BuildRequest {

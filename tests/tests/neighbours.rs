@@ -1,5 +1,4 @@
 //! Builds share a user as far as the kernel counts: what one hoards, its neighbours must not miss.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use kiln_tests::lab::{CLEAN, Lab};
 use kiln_tests::leftovers::assert_none;

@@ -89,6 +89,22 @@ fn check_name(stages: &[Stage], new: &Stage) -> Result<(), DockerfileError> {
 }
 
 impl Dockerfile {
+    /// Lines of the FROM of every base whose files a RUN works on, directly or through stages built on stages.
+    pub fn lines_of_running_bases(&self) -> BTreeSet<usize> {
+        let mut roots: Vec<usize> = Vec::new();
+        let mut lines = BTreeSet::new();
+        for stage in &self.stages {
+            let names = |other: &&Stage| other.buildah_name().eq_ignore_ascii_case(&stage.base);
+            let parent = self.stages[..stage.index].iter().rev().find(names);
+            let root = parent.and_then(|parent| roots.get(parent.index).copied()).unwrap_or(stage.line);
+            roots.push(root);
+            if self.instructions_of(stage).iter().any(|i| i.keyword == super::Keyword::Run) {
+                lines.insert(root);
+            }
+        }
+        lines
+    }
+
     /// The stage to build. Like Docker, and unlike buildah, this takes a name in any case and a number; give
     /// buildah the stage's [`Stage::buildah_name`].
     pub fn target(&self, target: Option<&str>) -> Result<&Stage, DockerfileError> {

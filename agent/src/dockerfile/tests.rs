@@ -144,3 +144,10 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_bases_that_run_steps_work_on_are_found_through_stages() {
+    let text = "FROM debian AS build\nRUN x\nFROM busybox\nCOPY --from=build /x /\nFROM alpine AS a\nFROM A\nRUN y\n";
+    let lines = Dockerfile::parse(text).unwrap().lines_of_running_bases();
+    assert_eq!(lines.into_iter().collect::<Vec<_>>(), [1, 5]);
+}

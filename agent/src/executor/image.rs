@@ -33,7 +33,7 @@ impl Run {
 
     pub(super) async fn build(&mut self, slot: &mut Slot, planned: &Planned, bases: &[Named]) -> Attempt<()> {
         let ids: Vec<String> = self.inputs.secrets.iter().map(|s| s.id.clone()).collect();
-        let ca_targets = self.ca_targets(bases);
+        let ca_targets = self.ca_targets(planned, bases).await;
         let input = PlanInput {
             request: &self.request,
             target: planned.target.as_deref(),
@@ -52,14 +52,37 @@ impl Run {
         }
     }
 
-    /// Only files that a base image has: mounting over a missing one would leave a stub in the image.
-    fn ca_targets(&self, bases: &[Named]) -> Vec<String> {
+    /// Files that every image has in which a RUN runs: mounting over a missing one would leave a stub there.
+    async fn ca_targets(&self, planned: &Planned, bases: &[Named]) -> Vec<String> {
         if self.agent.config.build.ca.is_none() {
             return Vec::new();
         }
-        let mut targets: Vec<String> = bases.iter().flat_map(|n| n.base.record.ca_files.clone()).collect();
+        let running = planned.dockerfile.lines_of_running_bases();
+        let runs = |named: &&Named| {
+            let trigger = named
+                .base
+                .record
+                .triggers
+                .iter()
+                .any(|t| t.trim_start().to_ascii_uppercase().starts_with("RUN"));
+            trigger || running.contains(&named.line)
+        };
+        let runners: Vec<&Named> = bases.iter().filter(runs).collect();
+        let mut targets: Vec<String> = runners.iter().flat_map(|n| n.base.record.ca_files.clone()).collect();
         targets.sort();
         targets.dedup();
+        for target in std::mem::take(&mut targets) {
+            match runners.iter().find(|n| !n.base.record.ca_files.contains(&target)) {
+                None => targets.push(target),
+                Some(lacking) => {
+                    self.note(format!(
+                        "RUN does not see build.ca in {target}, because {} has no such file",
+                        lacking.name
+                    ))
+                    .await;
+                }
+            }
+        }
         targets
     }
 

@@ -11,8 +11,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::{Attempt, Event, Run, chain};
+use crate::config::ProxyConfig;
 use crate::logs::display::parse_step;
-use crate::logs::redact::{Redactor, SecretValue};
+use crate::logs::redact::{MIN_SECRET_BYTES, Redactor, SecretValue};
 use crate::logs::spool::{Limits, Spool};
 use crate::logs::{LogPipeline, LogStream};
 
@@ -74,8 +75,11 @@ impl Ended {
 
     /// A message may quote an instruction, and that a build argument.
     pub(super) fn redact(&self, mut failure: Failure) -> Failure {
-        if let Some(redactor) = &self.redactor {
-            failure.message = redactor.redact_text(&failure.message);
+        let Some(redactor) = &self.redactor else { return failure };
+        failure.message = redactor.redact_text(&failure.message);
+        failure.hint = failure.hint.map(|hint| redactor.redact_text(&hint));
+        if let Some(location) = &mut failure.location {
+            location.text = redactor.redact_text(&location.text);
         }
         failure
     }
@@ -85,7 +89,8 @@ impl Ended {
 pub(super) fn start(run: &Run) -> Attempt<(Log, OwnedFd)> {
     let secrets = run.inputs.secrets.iter();
     let secrets = secrets.map(|s| SecretValue { name: s.id.clone(), bytes: s.value.clone() });
-    let redactor = Redactor::new(secrets).map_err(|e| run.fail(Reason::BadRequest, chain(&e)))?;
+    let redactor = Redactor::new(secrets.chain(proxy_passwords(&run.agent.config.build.proxy)))
+        .map_err(|e| run.fail(Reason::BadRequest, chain(&e)))?;
     let (reader, writer) =
         crate::bases::log_pipe(&run.job).map_err(|e| run.fail(Reason::Unknown, chain(&e)))?;
     let limits = Limits::with_cap(run.agent.config.logs.max_bytes);
@@ -95,6 +100,17 @@ pub(super) fn start(run: &Run) -> Attempt<(Log, OwnedFd)> {
     let ours = redactor.fresh();
     let reader = tokio::task::spawn_blocking(move || read(reader, &redactor, spool, &events));
     Ok((Log { reader, redactor: ours }, writer))
+}
+
+/// RUN has them in its environment, and `env` prints that. Shorter ones cannot be masked.
+fn proxy_passwords(proxy: &ProxyConfig) -> impl Iterator<Item = SecretValue> {
+    let urls = [&proxy.http, &proxy.https].into_iter().flatten();
+    let passwords = urls.filter_map(|url| {
+        let (user, _) = url.split_once("://")?.1.rsplit_once('@')?;
+        Some(user.split_once(':')?.1.as_bytes().to_vec())
+    });
+    let long = passwords.filter(|password| password.len() >= MIN_SECRET_BYTES);
+    long.map(|bytes| SecretValue { name: "build.proxy".to_owned(), bytes })
 }
 
 impl Log {

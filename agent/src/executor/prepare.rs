@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use kiln_protocol::Reason;
-use kiln_protocol::request::NetworkMode;
+use kiln_protocol::request::{ImageFormat, NetworkMode, SECRET_ID_RULE, is_secret_id};
 use kiln_protocol::result::Failure;
 
 use super::{Attempt, Named, Planned, Resolved, Run, chain};
@@ -47,6 +47,9 @@ impl Run {
 
     fn check_secrets(&self, dockerfile: &Dockerfile, input: &BuildInput<'_>) -> Attempt<()> {
         let given: BTreeSet<&str> = self.inputs.secrets.iter().map(|s| s.id.as_str()).collect();
+        if let Some(bad) = given.iter().find(|id| !is_secret_id(id)) {
+            return Err(self.fail(Reason::BadRequest, format!("`{bad}` is no secret id: {SECRET_ID_RULE}")));
+        }
         let wanted = dockerfile.secret_ids(input).map_err(|e| self.refused(&e))?;
         let missing = wanted.into_iter().find(|s| s.required && !given.contains(s.id.as_str()));
         let Some(missing) = missing else { return Ok(()) };
@@ -95,29 +98,30 @@ impl Run {
         Ok(links)
     }
 
-    pub(super) async fn fetch(&mut self, planned: &Planned) -> Attempt<Vec<Named>> {
+    /// Ends `work` with a stop request. Only for work that leaves nothing behind when it is dropped.
+    async fn or_stop<T>(&self, work: impl Future<Output = Attempt<T>>) -> Attempt<T> {
         let mut stop = self.stop.clone();
         tokio::select! {
             biased;
             _ = stop.stopped() => Err(self.fail(Reason::Cancelled, "stopped")),
-            bases = self.fetch_all(planned) => bases,
+            result = work => result,
         }
     }
 
-    async fn fetch_all(&self, planned: &Planned) -> Attempt<Vec<Named>> {
+    pub(super) async fn fetch(&self, planned: &Planned) -> Attempt<Vec<Named>> {
         if planned.references.is_empty() {
             return Ok(Vec::new());
         }
         let registry = self.agent.registry(self.inputs.credentials.clone());
         let registry = registry.map_err(|e| self.fail(Reason::NodeUnfit, chain(&e)))?;
         let state = &self.agent.state;
-        let _in_use = state.use_blobs().map_err(|e| self.fail(Reason::StoreCorrupt, chain(&e)))?;
+        let _in_use = state.use_blobs().await.map_err(|e| self.fail(Reason::StoreCorrupt, chain(&e)))?;
         let mut bases: Vec<Named> = Vec::new();
         for reference in &planned.references {
             if bases.iter().any(|named| named.name == reference.lookup) {
                 continue;
             }
-            let resolved = self.resolve(&registry, reference).await?;
+            let resolved = self.or_stop(self.resolve(&registry, reference)).await?;
             bases.push(self.make_available(&registry, resolved).await?);
         }
         Ok(bases)
@@ -151,13 +155,16 @@ impl Run {
 
     async fn make_available(&self, registry: &Registry, resolved: Resolved) -> Attempt<Named> {
         let Resolved { name, line, image } = resolved;
-        let fetched = registry.fetch(&image, self.agent.state.blobs(), &|_, _| {}).await;
-        fetched.map_err(|e| self.registry_failed(&e, Some(line)))?;
+        let fetch = async {
+            let fetched = registry.fetch(&image, self.agent.state.blobs(), &|_, _| {}).await;
+            fetched.map_err(|e| self.registry_failed(&e, Some(line)))
+        };
+        self.or_stop(fetch).await?;
         let store =
             Bases { state: &self.agent.state, config: &self.agent.config, identity: self.agent.identity };
         let base =
             store.ensure(&image, &mut self.stop.clone()).await.map_err(|e| self.base_failed(&e, line))?;
-        Ok(Named { name, base: Arc::new(base) })
+        Ok(Named { name, line, base: Arc::new(base) })
     }
 
     fn registry_failed(&self, error: &RegistryError, line: Option<usize>) -> Failure {
@@ -179,7 +186,15 @@ impl Run {
     }
 
     /// ONBUILD triggers of a base run as part of this build and obey the same rules.
-    pub(super) fn check_triggers(&self, bases: &[Named]) -> Attempt<()> {
+    pub(super) async fn check_triggers(&self, bases: &[Named]) -> Attempt<()> {
+        let oci = self.request.format == ImageFormat::Oci;
+        for named in bases.iter().filter(|n| oci && n.base.record.healthcheck) {
+            self.note(format!(
+                "{} has a HEALTHCHECK, which an OCI image cannot hold: it is dropped",
+                named.name
+            ))
+            .await;
+        }
         for named in bases.iter().filter(|n| !n.base.record.triggers.is_empty()) {
             let within = |failure: Failure| {
                 let message = format!("ONBUILD of {}: {}", named.name, failure.message);
@@ -194,14 +209,14 @@ impl Run {
         Ok(())
     }
 
-    pub(super) fn cache(&self, planned: &Planned, bases: &[Named]) -> Attempt<Option<CacheLease>> {
+    pub(super) async fn cache(&self, planned: &Planned, bases: &[Named]) -> Attempt<Option<CacheLease>> {
         let triggers = bases.iter().flat_map(|n| &n.base.record.triggers);
         let wanted =
             planned.dockerfile.uses_cache_mounts() || triggers.into_iter().any(|t| t.contains("type=cache"));
         if !wanted {
             return Ok(None);
         }
-        let lease = CacheLease::acquire(&self.agent.state, CACHE_KEY);
+        let lease = CacheLease::acquire(&self.agent.state, CACHE_KEY).await;
         lease.map(Some).map_err(|e| self.fail(Reason::StoreCorrupt, chain(&e)))
     }
 

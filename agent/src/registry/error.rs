@@ -256,7 +256,7 @@ impl RegistryError {
                 format!("check that this machine reaches {host}; a proxy belongs into [build.proxy]")
             }
             Cause::Certificate(_) => format!(
-                "name the PEM file that signed it in [[registry]] prefix = \"{host}\" as ca, or in [build.ca]"
+                "name the PEM file that signed it in [[registry]] prefix = \"{host}\" as ca, or in [build] ca"
             ),
             Cause::Tls(_) => {
                 format!("if it speaks plain HTTP, set insecure = true in [[registry]] prefix = \"{host}\"")

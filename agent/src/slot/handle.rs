@@ -111,7 +111,7 @@ impl Slot {
         loop {
             let patience = self.grace + STUCK_AFTER;
             tokio::select! {
-                report = self.next("run a step") => match report? {
+                report = self.next("run a step") => match self.or_memory_breach(report)? {
                     Report::StepEnded(end) => return Ok(self.with_memory_breach(end)),
                     Report::Finished(_) => return Err(unexpected("run a step")),
                     _ => {}
@@ -125,6 +125,21 @@ impl Slot {
                 }
                 () = tokio::time::sleep(patience), if terminated => return Err(self.give_up(patience)),
             }
+        }
+    }
+
+    /// The kernel ends a whole cgroup, and so the shim too.
+    fn or_memory_breach(&self, report: Result<Report, SlotLost>) -> Result<Report, SlotLost> {
+        let lost = report.is_err() || matches!(report, Ok(Report::Finished(_)));
+        match self.cgroup.as_ref().and_then(Cgroup::memory_breach) {
+            Some(peak) if lost => Ok(Report::StepEnded(StepEnd {
+                exit: super::wire::Exit::Killed,
+                stderr: String::new(),
+                breach: Some(Breach::Memory { peak }),
+                terminated: false,
+                leftovers: 0,
+            })),
+            _ => report,
         }
     }
 

@@ -183,7 +183,7 @@ pub(super) fn restrict(spec: &SlotSpec) -> Result<(), SetupError> {
 }
 
 /// Whether the network lies in a range that no build reaches, so that allowing it would be a lie.
-pub(crate) fn is_never_reached(network: &Network) -> bool {
+pub(crate) fn is_never_reached(network: Network) -> bool {
     let inside = |outer: &Network| {
         let mask = u32::MAX.checked_shl(32 - u32::from(outer.prefix)).unwrap_or(0);
         network.prefix >= outer.prefix && u32::from(network.address) & mask == u32::from(outer.address) & mask

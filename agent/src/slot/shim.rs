@@ -116,7 +116,7 @@ fn start(received: &Received) -> Result<Slot, SetupError> {
     }
     let (ours, theirs) = UnixStream::pair().map_err(|e| SetupError::new("make a socket", e))?;
     let outer = spawn(flags, received.spec.ids, &kept(received, Some(&theirs)), || {
-        serve(received, theirs.try_clone())
+        serve(received, theirs.try_clone());
     })?;
     let network = match received.spec.network {
         NetworkMode::Isolated => Some(Slirp::start(outer.pid)),
@@ -194,7 +194,7 @@ fn spawn(
 fn wait_for_go(go: &OwnedFd, kept: &[RawFd]) {
     // Lost again at the change of uid, and set again there.
     let watched = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
-    let null = File::open("/dev/null").map_err(std::io::Error::from);
+    let null = File::open("/dev/null");
     let detached = null.and_then(|null| Ok(nix::unistd::dup2_stdin(&null)?));
     let mut kept = kept.to_vec();
     kept.push(go.as_raw_fd());
