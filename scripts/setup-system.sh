@@ -39,6 +39,8 @@ missing_packages() {
     have cc || echo gcc libc6-dev
     if [ "$purpose" = test ]; then
         have openssl || echo openssl
+        have skopeo || echo skopeo
+        have ip || echo iproute2
         have curl || echo curl
         have shellcheck || echo shellcheck
     fi
@@ -72,45 +74,19 @@ has_range() { # FILE USER
         '($1 == user || $1 == uid) && $3 >= ids { found = 1 } END { exit !found }' "$1" 2>/dev/null
 }
 
-# The first id above every range that is given away, rounded up.
-free_range() {
-    cat /etc/subuid /etc/subgid 2>/dev/null | awk -F: -v ids="$ids" '
-        { end = $2 + $3; if (end > top) top = end }
-        END { if (top < 200000) top = 200000; print int((top + ids - 1) / ids) * ids }'
+prepared() { # USER
+    has_range /etc/subuid "$1" && has_range /etc/subgid "$1" &&
+        { [ ! -e /dev/net/tun ] || [ "$(stat -c %a /dev/net/tun)" = 666 ]; }
 }
 
-give_range() { # USER
-    if has_range /etc/subuid "$1" && has_range /etc/subgid "$1"; then
-        return 0
-    fi
-    first=$(free_range)
-    last=$((first + ids - 1))
-    say "giving user $1 the subordinate ids $first to $last, under which its builds run"
-    has_range /etc/subuid "$1" || as_root usermod --add-subuids "$first-$last" "$1"
-    has_range /etc/subgid "$1" || as_root usermod --add-subgids "$first-$last" "$1"
-}
-
-# Builds of root run under the ids of a system user, builds of anybody else under that person's own.
+# Builds of root run under the ids of the system user `kiln`, builds of anybody else under that person's own. The
+# script is the one that `kiln doctor --print-setup` shows.
 prepare_user() {
-    if [ "$(id -u)" -ne 0 ]; then
-        give_range "$(id -un)"
-        return
-    fi
-    if ! id kiln >/dev/null 2>&1; then
-        say "creating the system user kiln, under whose ids the builds of root run"
-        useradd --system --user-group --home-dir /var/lib/kiln --no-create-home --shell /usr/sbin/nologin kiln
-    fi
-    give_range kiln
-}
-
-# slirp4netns, which connects a build to the network, runs as an ordinary user.
-open_tun() {
-    [ -e /dev/net/tun ] || as_root modprobe tun 2>/dev/null || true
-    if [ ! -e /dev/net/tun ]; then
-        say "there is no /dev/net/tun; builds need --network none here"
-    elif [ "$(stat -c %a /dev/net/tun)" != 666 ]; then
-        say "opening /dev/net/tun for ordinary users, as most distributions do"
-        as_root chmod 0666 /dev/net/tun
+    user=$(id -un)
+    [ "$(id -u)" -ne 0 ] || user=kiln
+    if ! id "$user" >/dev/null 2>&1 || ! prepared "$user"; then
+        say "preparing user $user: subordinate ids, /dev/net/tun"
+        as_root sh "$(dirname "$0")/../cli/src/setup.sh" "$user"
     fi
 }
 
@@ -121,5 +97,4 @@ esac
 have cargo || fail "cargo is missing; install Rust with rustup, then try again"
 install_packages
 prepare_user
-open_tun
 say "ready"
