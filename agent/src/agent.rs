@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use kiln_protocol::request::NetworkMode;
+
 use crate::config::Config;
 use crate::plan;
 use crate::registry::{Credentials, Registry, RegistryConfig, RegistryConfigError};
+use crate::slot::wire::SlotSpec;
 use crate::slot::{Identity, IdentityError};
 use crate::state::{State, StateError};
 use crate::version::Version;
@@ -90,12 +93,35 @@ impl Agent {
         Ok(Registry::new(config, credentials, build.proxy.clone(), self.own_ca()?.into_iter().collect()))
     }
 
+    /// A slot without network, stores and files, with the limits of every other.
+    pub fn bare_slot(&self, job: &str) -> SlotSpec {
+        bare_slot(job, self.identity, &self.config)
+    }
+
     /// The operator's certificates, `build.ca`.
     pub fn own_ca(&self) -> Result<Option<Vec<u8>>, AgentError> {
         let read = |path: &PathBuf| {
             std::fs::read(path).map_err(|source| AgentError::Ca { path: path.clone(), source })
         };
         self.config.build.ca.as_ref().map(read).transpose()
+    }
+}
+
+/// See [`Agent::bare_slot`].
+pub(crate) fn bare_slot(job: &str, identity: Identity, config: &Config) -> SlotSpec {
+    SlotSpec {
+        job: job.to_owned(),
+        ids: identity.ids,
+        drop_to: identity.drop_to,
+        network: NetworkMode::None,
+        blocked: Vec::new(),
+        allowed: None,
+        stores: Vec::new(),
+        cache: None,
+        input: None,
+        files: Vec::new(),
+        limits: config.build.limits.slot(),
+        grace_ms: crate::bases::millis(config.build.grace),
     }
 }
 

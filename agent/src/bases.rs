@@ -4,25 +4,29 @@
 //! build, by a small index of names that is mounted beside the stores: a tag that moves between two builds,
 //! or while both run, gives each the image that its own credentials resolved.
 
-use std::collections::BTreeMap;
+mod layout;
+mod slot_files;
+
 use std::fs::File;
 use std::io::Read as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kiln_protocol::request::NetworkMode;
 use kiln_protocol::{BuildId, Digest};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::agent::bare_slot;
 use crate::config::Config;
 use crate::plan;
 use crate::registry::ResolvedImage;
 use crate::seal::BaseLayer;
-use crate::slot::wire::{Command, Exit, SlotFile, SlotSpec, Step, StepEnd};
+use crate::slot::wire::{Command, Exit, SlotSpec, Step, StepEnd};
 use crate::slot::{Identity, Slot, SlotFiles, SlotLost};
-use crate::state::{Job, State, StateError, boot_id, open_lock, set_mode, try_lock};
+use crate::state::{Job, State, StateError, boot_id, open_lock, try_lock};
 use crate::stop::StopSignal;
+use layout::Layout;
+pub use slot_files::{container_files, names_index};
 
 /// Another process imports the same image: look again this often.
 const LOCK_POLL: Duration = Duration::from_millis(50);
@@ -201,18 +205,9 @@ impl Bases<'_> {
 
     fn spec(&self, job: &Job, layout: &Layout) -> SlotSpec {
         SlotSpec {
-            job: job.name().to_owned(),
-            ids: self.identity.ids,
-            drop_to: self.identity.drop_to,
-            network: NetworkMode::None,
-            blocked: Vec::new(),
-            allowed: None,
-            stores: Vec::new(),
-            cache: None,
             input: Some(layout.relative.clone()),
             files: container_files(),
-            limits: self.config.build.limits.slot(),
-            grace_ms: millis(self.config.build.grace),
+            ..bare_slot(job.name(), self.identity, self.config)
         }
     }
 
@@ -372,93 +367,4 @@ fn drain(pipe: std::io::PipeReader) -> std::io::Result<Vec<u8>> {
         Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => Err(error),
         _ => Ok(bytes),
     }
-}
-
-/// A `dir:` layout of hard links to blobs, seen by the importing slot. Dropping it deletes it.
-struct Layout {
-    dir: PathBuf,
-    relative: String,
-}
-
-impl Layout {
-    fn create(state: &State, image: &ResolvedImage, name: &str) -> Result<Self, BaseError> {
-        let relative = format!("in/{name}");
-        let dir = state.path(&format!("store/{relative}"));
-        let layout = Self { dir, relative };
-        let failed = |e| StateError::io("write the layout", &layout.dir, e);
-        std::fs::create_dir(&layout.dir).map_err(failed)?;
-        // Another user reads it, whatever our umask is.
-        set_mode(&layout.dir, 0o755)?;
-        layout.write("version", b"Directory Transport Version: 1.1\n")?;
-        layout.write("manifest.json", &image.manifest)?;
-        for digest in std::iter::once(&image.config.digest).chain(image.layers.iter().map(|l| &l.digest)) {
-            let link = layout.dir.join(digest.hex());
-            if !link.exists() {
-                std::fs::hard_link(state.blobs().path(digest), link).map_err(failed)?;
-            }
-        }
-        Ok(layout)
-    }
-
-    fn write(&self, name: &str, content: &[u8]) -> Result<(), StateError> {
-        let path = self.dir.join(name);
-        std::fs::write(&path, content).map_err(|e| StateError::io("write", &path, e))?;
-        set_mode(&path, 0o644)
-    }
-}
-
-impl Drop for Layout {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.dir) {
-            tracing::warn!(dir = %self.dir.display(), %error, "cannot delete an import layout");
-        }
-    }
-}
-
-/// The index of names for one build: buildah reads it as one more read-only image store.
-pub fn names_index(names: &[(String, &BaseRecord)]) -> Vec<SlotFile> {
-    let mut images: BTreeMap<String, (Value, Vec<&str>)> = BTreeMap::new();
-    for (name, record) in names {
-        let id = record.config.hex().to_owned();
-        images.entry(id).or_insert_with(|| (record.image.clone(), Vec::new())).1.push(name);
-    }
-    let images: Vec<Value> = images
-        .into_values()
-        .map(|(mut image, names)| {
-            image["names"] = json!(names);
-            image
-        })
-        .collect();
-    let dir = plan::path::NAMES;
-    let file =
-        |path: &str, contents: Vec<u8>| SlotFile { path: format!("{dir}/{path}"), contents, mode: 0o644 };
-    vec![
-        file("overlay-images/images.json", Value::Array(images).to_string().into_bytes()),
-        file("overlay-images/images.lock", Vec::new()),
-        file("overlay-layers/layers.json", b"[]".to_vec()),
-        file("overlay-layers/layers.lock", Vec::new()),
-        file("overlay/.keep", Vec::new()),
-    ]
-}
-
-/// Files that every slot with buildah in it needs: no host configuration reaches it.
-pub fn container_files() -> Vec<SlotFile> {
-    let file = |path: &str, contents: &str| SlotFile {
-        path: path.to_owned(),
-        contents: contents.as_bytes().to_vec(),
-        mode: 0o644,
-    };
-    vec![
-        file("/etc/containers/policy.json", r#"{"default":[{"type":"insecureAcceptAnything"}]}"#),
-        file("/etc/containers/registries.conf", "unqualified-search-registries = [\"docker.io\"]\n"),
-        file(
-            "/etc/containers/storage.conf",
-            "[storage]\ndriver = \"overlay\"\nrunroot = \"/job/run/containers\"\ngraphroot = \"/job/root\"\n",
-        ),
-        file("/etc/containers/containers.conf", ""),
-        file("/etc/passwd", "root:x:0:0:root:/job/home:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"),
-        file("/etc/group", "root:x:0:\nnogroup:x:65534:\n"),
-        file("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n"),
-        file("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\n"),
-    ]
 }

@@ -7,7 +7,7 @@ use kiln_protocol::BuildId;
 use kiln_protocol::request::NetworkMode;
 
 use crate::agent::{Agent, AgentError};
-use crate::bases::{self, container_files, log_pipe};
+use crate::bases::{container_files, log_pipe};
 use crate::config::Config;
 use crate::executor::chain;
 use crate::slot::wire::{CacheMount, Exit, SlotSpec, Step};
@@ -167,18 +167,10 @@ async fn try_slot(agent: &Agent, network: NetworkMode, script: &str) -> Result<E
     let lock = job.lock().map_err(|e| StateError::io("lock", job.dir(), e))?;
     let files = SlotFiles { store: agent.state.store()?, lock, archive: None, log };
     let spec = SlotSpec {
-        job: job.name().to_owned(),
-        ids: agent.identity.ids,
-        drop_to: agent.identity.drop_to,
         network,
-        blocked: Vec::new(),
-        allowed: None,
-        stores: Vec::new(),
         cache: Some(CacheMount { generations: Vec::new() }),
-        input: None,
         files: container_files(),
-        limits: agent.config.build.limits.slot(),
-        grace_ms: bases::millis(agent.config.build.grace),
+        ..agent.bare_slot(job.name())
     };
     let mut slot = Slot::start(&spec, files).await?;
     let argv = ["/bin/sh", "-c", script].map(str::to_owned).to_vec();

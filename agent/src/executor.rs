@@ -332,7 +332,13 @@ impl Run {
     }
 
     async fn step(&mut self, slot: &mut Slot, step: Step) -> Attempt<crate::slot::wire::StepEnd> {
-        slot.run(step, &mut self.stop).await.map_err(|e| self.lost(&e))
+        let end = slot.run(step, &mut self.stop).await.map_err(|e| self.lost(&e))?;
+        if end.leftovers > 0 {
+            // The kernel does not allow it, so somebody has to look at this machine.
+            self.note(format!("{} processes outlived their step; they end with the slot", end.leftovers))
+                .await;
+        }
+        Ok(end)
     }
 
     /// A blocking part that cannot be interrupted but is bounded by the slot's disk limit.

@@ -6,14 +6,13 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::SystemTime;
 
-use kiln_protocol::request::NetworkMode;
 use kiln_protocol::{BuildId, Digest};
 
 use crate::agent::Agent;
 use crate::bases::{self, BaseRecord, Bases};
 use crate::caches;
 use crate::logs::spool;
-use crate::slot::wire::{Command, SlotSpec};
+use crate::slot::wire::Command;
 use crate::slot::{Slot, SlotFiles, SlotLost};
 use crate::state::{StateError, open_lock, try_lock};
 
@@ -96,20 +95,7 @@ pub(crate) async fn remove(agent: &Agent, paths: Vec<String>) -> Result<(), Hous
         archive: None,
         log: writer,
     };
-    let spec = SlotSpec {
-        job: job.name().to_owned(),
-        ids: agent.identity.ids,
-        drop_to: agent.identity.drop_to,
-        network: NetworkMode::None,
-        blocked: Vec::new(),
-        allowed: None,
-        stores: Vec::new(),
-        cache: None,
-        input: None,
-        files: Vec::new(),
-        limits: agent.config.build.limits.slot(),
-        grace_ms: bases::millis(agent.config.build.grace),
-    };
+    let spec = agent.bare_slot(job.name());
     let mut slot = Slot::start(&spec, files).await?;
     let removed = slot.change_store(Command::Remove(paths)).await;
     slot.finish().await?;

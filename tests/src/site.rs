@@ -69,7 +69,8 @@ fn accept(listener: &TcpListener, ended: &std::io::PipeReader, serve: &(impl Fn(
 /// Waits until there is something to read; false if it is time to end.
 pub(crate) fn wait(socket: BorrowedFd<'_>, ended: &std::io::PipeReader) -> bool {
     let mut fds = [PollFd::new(socket, PollFlags::POLLIN), PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
-    let _ = poll(&mut fds, PollTimeout::NONE);
+    // A signal may end the wait before anything happened.
+    while poll(&mut fds, PollTimeout::NONE).is_err() {}
     !fds[1].any().unwrap_or(true)
 }
 

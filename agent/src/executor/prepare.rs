@@ -242,18 +242,13 @@ impl Run {
         let config = &self.agent.config;
         let blocked = host_networks().map_err(|e| self.fail(Reason::NodeUnfit, e.to_string()))?;
         Ok(SlotSpec {
-            job: self.job.name().to_owned(),
-            ids: self.agent.identity.ids,
-            drop_to: self.agent.identity.drop_to,
             network: self.request.network,
             blocked,
             allowed: config.network.allow.clone(),
             stores: store_names(bases),
             cache: cache.map(CacheLease::mount),
-            input: None,
             files: self.slot_files(bases)?,
-            limits: config.build.limits.slot(),
-            grace_ms: bases::millis(config.build.grace),
+            ..self.agent.bare_slot(self.job.name())
         })
     }
 
