@@ -49,6 +49,7 @@ impl CacheLease {
         let locks: Option<Vec<File>> =
             head.chain.iter().map(|name| lock_generation(state, key, *name)).collect();
         let head = if locks.is_some() { head } else { Head::of(Vec::new()) };
+        write_head(state, key, &head)?;
         Ok(Self { key: key.to_owned(), head, _locks: locks.unwrap_or_default() })
     }
 

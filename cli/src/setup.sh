@@ -29,7 +29,9 @@ has_range() {
     awk -F: -v user="$user" -v uid="$(id -u "$user")" \
         '($1 == user || $1 == uid) && $3 >= 65536 { found = 1 } END { exit !found }' "$1" 2>/dev/null
 }
-touch /etc/subuid /etc/subgid
+for file in /etc/subuid /etc/subgid; do
+    [ -e "$file" ] || : >"$file"
+done
 if ! has_range /etc/subuid || ! has_range /etc/subgid; then
     first=$(next_free)
     last=$((first + 65535))

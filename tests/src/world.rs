@@ -114,11 +114,22 @@ fn again_as_root(name: &str) {
     let _ = run(&mut command, HARD_LIMIT).expect_code(0).expect_text(&["1 passed"]);
 }
 
+/// Makes a file or directory of root's the property of the person who runs the tests, who has to delete it.
+pub fn give(path: &Path) {
+    if let Some((uid, gid)) = user() {
+        nix::unistd::chown(path, Some(uid), Some(gid)).unwrap();
+    }
+}
+
+fn user() -> Option<(Uid, Gid)> {
+    let text = std::env::var(USER).ok()?;
+    let (uid, gid) = text.split_once(':').unwrap();
+    Some((Uid::from_raw(uid.parse().unwrap()), Gid::from_raw(gid.parse().unwrap())))
+}
+
 /// From here on the whole process is the person's who runs the tests.
 fn become_user() {
-    let Ok(text) = std::env::var(USER) else { return };
-    let (uid, gid) = text.split_once(':').unwrap();
-    let (uid, gid) = (Uid::from_raw(uid.parse().unwrap()), Gid::from_raw(gid.parse().unwrap()));
+    let Some((uid, gid)) = user() else { return };
     setgroups(&[gid]).unwrap();
     setresgid(gid, gid, gid).unwrap();
     setresuid(uid, uid, uid).unwrap();
@@ -140,6 +151,7 @@ fn make(plan: &Plan) -> World {
     let resolver = if plan.resolver.is_some() { listen() } else { ask(&beyond, listen) };
     let names = write(&format!("nameserver {}\n", port.ip()));
     cover(Path::new("/etc/resolv.conf"), names.path());
+    drop(names);
     for (place, file) in &plan.covers {
         cover(place, file);
     }

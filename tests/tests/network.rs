@@ -12,7 +12,7 @@ use kiln_tests::leftovers::assert_dead;
 use kiln_tests::process::{Outcome, with_argument};
 use kiln_tests::site::Site;
 use kiln_tests::world::{
-    ELSEWHERE, HOST, HOST_ALIAS, HOST6, INTERNAL, METADATA, PUBLIC, Plan, SERVER, World, within,
+    ELSEWHERE, HOST, HOST_ALIAS, HOST6, INTERNAL, METADATA, PUBLIC, Plan, SERVER, World, give, within,
 };
 use nix::sys::signal::Signal;
 
@@ -233,6 +233,7 @@ fn allow_means_what_it_says_at_its_limits() {
 fn unfit(name: &str, place: &str, cover: impl FnOnce(&Path) -> PathBuf, says: &str) {
     let dir = tempfile::Builder::new().prefix("kiln-cover-").tempdir().unwrap();
     set_mode(dir.path(), 0o755);
+    give(dir.path());
     let plan = Plan { covers: vec![(place.into(), cover(dir.path()))], ..Plan::default() };
     within(name, &plan, |_| {
         let lab = Lab::new();
