@@ -333,7 +333,8 @@ fn write_metadata(
             .map_err(|e| output_failed(&e))?;
     }
     if let Some(path) = &plan.args.metadata_file {
-        let metadata = output::metadata(&finished.result.build_id, Some(sealed), phases);
+        let mut metadata = output::metadata(&finished.result.build_id, Some(sealed), phases);
+        metadata["kiln.log"] = serde_json::json!(finished.result.log);
         output::write_text(path, &format!("{metadata:#}\n")).map_err(|e| output_failed(&e))?;
     }
     Ok(())

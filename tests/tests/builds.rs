@@ -538,6 +538,8 @@ fn identifiers_and_metadata_are_written() {
     let metadata: serde_json::Value = serde_json::from_slice(&std::fs::read(metadata).unwrap()).unwrap();
     assert_eq!(metadata["containerimage.config.digest"], image.id);
     assert_eq!(metadata["containerimage.digest"], image.digest);
+    assert!(metadata["kiln.log"]["lines"].as_u64().is_some_and(|lines| lines > 0), "{metadata}");
+    assert_eq!(metadata["kiln.log"]["sha256"].as_str().map(str::len), Some(71), "{metadata}");
     let outcome = lab.build().arg("--quiet").run().expect_code(0);
     assert!(
         outcome.stdout.starts_with("sha256:") && outcome.stdout.lines().count() == 1,
