@@ -4,6 +4,7 @@ use std::io::IsTerminal as _;
 
 use kiln_agent::executor::{Event, Finished};
 use kiln_agent::logs::display::Colours;
+use kiln_protocol::reason::EndState;
 use kiln_protocol::result::{BuildResult, Failure, SealedImage};
 
 use crate::args::Progress;
@@ -68,14 +69,14 @@ impl Printer {
 
 /// The end of a build that did not succeed, for the person who has to mend it.
 pub(crate) fn failure(failure: &Failure, finished: &Finished, dockerfile: &str, log: &std::path::Path) {
-    terminal::say(&format!("build failed in phase {} ({})", failure.phase.label(), failure.reason));
+    let cancelled = failure.reason.end_state() == EndState::Cancelled;
+    let ended = if cancelled { "stopped" } else { "failed" };
+    terminal::say(&format!("build {ended} in phase {} ({})", failure.phase.label(), failure.reason));
     if let Some(location) = &failure.location {
-        terminal::say(&format!("  {dockerfile}:{}: {}", location.line, &location.text));
+        terminal::say(&format!("  {dockerfile}:{}: {}", location.line, location.text));
     }
-    terminal::say(&format!("  {}", &failure.message));
-    if failure.reason.end_state() != kiln_protocol::reason::EndState::Cancelled
-        && !finished.last_lines.is_empty()
-    {
+    terminal::say(&format!("  {}", failure.message));
+    if !cancelled && !finished.last_lines.is_empty() {
         terminal::say("last lines of the log:");
         for line in &finished.last_lines {
             terminal::say(&format!("  | {line}"));

@@ -102,9 +102,12 @@ impl Drop for Lab {
     fn drop(&mut self) {
         // An ordinary user cannot delete what belongs to its subordinate ids, but their root can.
         if !nix::unistd::Uid::effective().is_root() {
+            let home = self.path("home");
+            let entries = std::fs::read_dir(self.dir.path()).into_iter().flatten().flatten();
+            let paths = entries.map(|entry| entry.path()).filter(|path| *path != home);
             let mut command = std::process::Command::new("buildah");
-            command.env("HOME", self.path("home")).env("XDG_RUNTIME_DIR", self.path("home"));
-            let _ = command.args(["unshare", "rm", "-rf"]).arg(self.data()).arg(self.path("plain")).output();
+            command.env("HOME", &home).env("XDG_RUNTIME_DIR", &home);
+            let _ = command.args(["unshare", "rm", "-rf"]).args(paths).output();
         }
     }
 }
