@@ -139,7 +139,7 @@ async fn execute(plan: Plan, mut stop: StopSignal) -> Result<u8, Exit> {
     let work = executor::run(Arc::clone(&agent), build, job, plan.request.clone(), inputs, events, stop);
     let printing = print(plan.printer, receiver);
     let finished = work.await.map_err(|e| Exit::system(chain(&e)))?;
-    printed(printing, &mut signal.clone()).await;
+    printed(printing, &finished, &mut signal.clone()).await;
     // On a thread of its own, so that a signal can stop the writing.
     let concluding = tokio::task::spawn_blocking(move || conclude(&plan, &agent, &finished, &signal, clock));
     concluding.await.map_err(|e| Exit::system(format!("write the outputs: {e}")))?
@@ -155,9 +155,11 @@ fn print(printer: Printer, mut events: mpsc::Receiver<Event>) -> JoinHandle<()> 
 }
 
 /// Waits until everything is shown; after a stop only for a moment.
-async fn printed(printing: JoinHandle<()>, stop: &mut StopSignal) {
+async fn printed(printing: JoinHandle<()>, finished: &Finished, stop: &mut StopSignal) {
     let given_up = async {
-        stop.stopped().await;
+        if !was_stopped(finished) {
+            stop.stopped().await;
+        }
         tokio::time::sleep(SHOW_AFTER_STOP).await;
     };
     tokio::select! {
@@ -184,6 +186,12 @@ impl Clock {
         self.phases.push(PhaseDuration { phase, milliseconds });
         self.began = Instant::now();
     }
+}
+
+/// By a person or by its own time limit.
+fn was_stopped(finished: &Finished) -> bool {
+    let reason = finished.result.outcome.as_ref().err().map(|failure| failure.reason);
+    matches!(reason, Some(Reason::Timeout | Reason::Cancelled | Reason::ClientGone))
 }
 
 struct Prepared {

@@ -331,3 +331,34 @@ fn a_kill_while_content_is_kept_leaves_a_usable_cache() {
     }
     place.assert_clean();
 }
+
+/// buildah 1.28 follows a link that a stage brings along, so any Dockerfile gets the job's directory.
+const JOB_FROM_INSIDE: &str = "FROM busybox:1 AS evil\nRUN ln -s /job /j\nFROM busybox:1\n";
+
+#[test]
+fn a_step_cannot_put_a_link_where_content_is_kept() {
+    let place = Place::new();
+    let mount = "--mount=type=bind,from=evil,source=/j,target=/x,rw --mount=type=cache,target=/cache";
+    let script = "ls /x > /seen; echo x > /cache/x; \
+                  for d in cache cache/upper cache/flat; do rm -rf /x/$d; ln -s /var/tmp /x/$d; done; true";
+    place.lab.dockerfile(&format!("{JOB_FROM_INSIDE}RUN {mount} {script}\n"));
+    let _ = place.build().run().expect_code(0);
+    for generation in place.generations() {
+        assert!(generation.symlink_metadata().unwrap().is_dir(), "{}", generation.display());
+    }
+    let _ = place.run("[ \"$(ls /cache)\" = x ]").expect_code(0);
+    place.assert_clean();
+}
+
+/// Names that deletion would use for its own purpose, below trees deeper than it descends.
+#[test]
+fn a_job_with_hostile_names_is_deleted() {
+    let place = Place::new();
+    let script = "cd /x; i=0; while [ $i -lt 20 ]; do mkdir -p .deep-$i/a; i=$((i+1)); done; \
+                  i=0; while [ $i -lt 100 ]; do mkdir d; cd d; i=$((i+1)); done; touch f";
+    place.lab.dockerfile(&format!(
+        "{JOB_FROM_INSIDE}RUN --mount=type=bind,from=evil,source=/j,target=/x,rw {script}\n"
+    ));
+    let _ = place.build().run().expect_code(0);
+    place.assert_clean();
+}

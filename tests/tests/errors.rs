@@ -493,3 +493,12 @@ fn doctor_says_what_is_there() {
     let mut command = std::process::Command::new("sh");
     let _ = kiln_tests::process::run(command.arg("-n").arg(file), Duration::from_secs(10)).expect_code(0);
 }
+
+/// Bytes that have no name any more count too.
+#[test]
+fn limits_of_disk_hold_for_deleted_files() {
+    let lab =
+        lab("FROM busybox:1\nRUN exec 3>/gone; rm /gone; dd if=/dev/zero bs=1M count=3000 >&3; sleep 20\n");
+    lab.configure(&lab.registry.host(), "[build]\ngrace = \"1s\"\n[build.limits]\ndisk = \"200MiB\"\n");
+    let _ = lab.fails(&[], 1).expect_text(&["limit_exceeded", "disk", "build.limits.disk", "Dockerfile:2"]);
+}

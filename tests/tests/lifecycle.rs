@@ -170,3 +170,32 @@ fn a_cancel_does_not_reach_the_neighbour() {
     let _ = beside.wait().expect_code(0);
     neighbour.assert_clean();
 }
+
+/// A pager that does not scroll, a terminal on hold: nobody reads, and signals still count.
+#[test]
+fn a_kiln_that_nobody_reads_still_obeys() {
+    use std::os::fd::OwnedFd;
+    let lab = Lab::new();
+    lab.dockerfile("FROM busybox:1\nRUN while :; do echo a line that nobody reads; done\n");
+    lab.configure(&lab.registry.host(), "[build]\ngrace = \"1s\"\n");
+    let (_unread, full) = std::io::pipe().unwrap_or_else(|e| panic!("{e}"));
+    let mut command = std::process::Command::new(kiln_tests::kiln::binary());
+    command
+        .args(["build", "--timeout=4s", "--data"])
+        .arg(lab.data())
+        .arg("--config")
+        .arg(lab.path("kiln.toml"));
+    command.arg("--file").arg(lab.path("Dockerfile")).arg(lab.context.path());
+    command.env("HOME", lab.path("home")).stdin(std::process::Stdio::null());
+    command.stdout(OwnedFd::from(full)).stderr(std::process::Stdio::null());
+    #[expect(clippy::disallowed_methods, reason = "the test owns the process and waits for it")]
+    let mut kiln = command.spawn().unwrap_or_else(|e| panic!("{e}"));
+    drop(command);
+    let ended = eventually(Duration::from_mins(1), || kiln.try_wait().is_ok_and(|end| end.is_some()));
+    if !ended {
+        let _ = kiln.kill();
+    }
+    let code = kiln.wait().ok().and_then(|status| status.code());
+    assert_eq!((ended, code), (true, Some(124)));
+    assert_none(&lab.data(), CLEAN);
+}

@@ -8,6 +8,7 @@ use kiln_protocol::Reason;
 use kiln_protocol::result::{Failure, LogSummary};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinHandle;
 
 use super::{Attempt, Event, Run, chain};
@@ -16,6 +17,7 @@ use crate::logs::display::parse_step;
 use crate::logs::redact::{MIN_SECRET_BYTES, Redactor, SecretValue};
 use crate::logs::spool::{Limits, Spool};
 use crate::logs::{LogPipeline, LogStream};
+use crate::stop::StopSignal;
 
 /// Lines that a failure message repeats.
 pub const LAST_LINES: usize = 20;
@@ -23,6 +25,8 @@ pub const LAST_LINES: usize = 20;
 const QUIET: Timespec = Timespec { tv_sec: 0, tv_nsec: 300_000_000 };
 /// Every writer is dead by then; only one that hangs in the kernel, or a watcher that does not read, is not.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long to wait for room in a full channel before looking again.
+const SLOW_WATCHER: Duration = Duration::from_millis(10);
 const BUFFER_BYTES: usize = 64 * 1024;
 
 /// A log that is being written.
@@ -98,7 +102,8 @@ pub(super) fn start(run: &Run) -> Attempt<(Log, OwnedFd)> {
         .map_err(|e| run.fail(Reason::DiskFull, chain(&e)))?;
     let events = run.events.clone();
     let ours = redactor.fresh();
-    let reader = tokio::task::spawn_blocking(move || read(reader, &redactor, spool, &events));
+    let stop = run.stop.clone();
+    let reader = tokio::task::spawn_blocking(move || read(reader, &redactor, spool, &events, &stop));
     Ok((Log { reader, redactor: ours }, writer))
 }
 
@@ -129,14 +134,19 @@ impl Log {
     }
 }
 
-fn read(mut pipe: PipeReader, redactor: &Redactor, spool: Spool, events: &mpsc::Sender<Event>) -> Read {
+fn read(
+    mut pipe: PipeReader,
+    redactor: &Redactor,
+    spool: Spool,
+    events: &mpsc::Sender<Event>,
+    stop: &StopSignal,
+) -> Read {
     let mut last_step = None;
     let observer = |line: &crate::logs::LogLine<'_>| {
         if let Some(step) = parse_step(&line.text) {
             last_step = Some(step.text.to_owned());
         }
-        // Fails only when nobody watches any more; the spool has the line.
-        let _ = events.blocking_send(Event::Line(line.text.clone().into_owned()));
+        deliver(events, stop, Event::Line(line.text.clone().into_owned()));
     };
     let mut pipeline = LogPipeline::new(redactor, spool, observer);
     let mut buffer = vec![0; BUFFER_BYTES];
@@ -157,9 +167,20 @@ fn read(mut pipe: PipeReader, redactor: &Redactor, spool: Spool, events: &mpsc::
     let (report, last_lines) = pipeline.finish(LAST_LINES);
     if let Some(fault) = &report.fault {
         // The build goes on without its log, and the watcher is told.
-        let _ = events.blocking_send(Event::Note(format!("the log is incomplete: {}", chain(fault))));
+        deliver(events, stop, Event::Note(format!("the log is incomplete: {}", chain(fault))));
     }
     Read { summary: report.summary, last_lines, last_step }
+}
+
+/// Waits for a watcher that is slow, but not once the build is to stop. The spool has the line in any case.
+fn deliver(events: &mpsc::Sender<Event>, stop: &StopSignal, mut event: Event) {
+    while let Err(TrySendError::Full(back)) = events.try_send(event) {
+        if stop.current().is_some() {
+            return;
+        }
+        std::thread::sleep(SLOW_WATCHER);
+        event = back;
+    }
 }
 
 fn quiet(pipe: &PipeReader) -> bool {

@@ -334,7 +334,7 @@ impl Disk {
         self.free_at_last_walk = Some(free);
         self.last_walk = Instant::now();
         let job = File::open("/job").ok()?;
-        let used = reap::disk_usage(job.as_fd()) + reap::unlinked_usage(job.as_fd());
+        let used = reap::disk_usage(job.as_fd()) + reap::unlinked_usage();
         (used > self.limit).then_some(used)
     }
 }

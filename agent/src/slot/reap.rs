@@ -125,17 +125,21 @@ pub(super) fn disk_usage(dir: BorrowedFd<'_>) -> u64 {
     total
 }
 
-/// Bytes of files on the device of `dir` that have no name any more but are still open in this PID namespace.
-pub(super) fn unlinked_usage(dir: BorrowedFd<'_>) -> u64 {
-    let Ok(device) = nix::sys::stat::fstat(dir).map(|meta| meta.st_dev) else { return 0 };
+/// Bytes of files that have no name any more but are still open in this PID namespace. Those in memory do not
+/// count. A file of an overlay shows the overlay's device, so devices tell nothing.
+pub(super) fn unlinked_usage() -> u64 {
     let mut seen = std::collections::BTreeMap::new();
     for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         let open = std::fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
         for descriptor in open {
             use std::os::unix::fs::MetadataExt as _;
             let Ok(meta) = std::fs::metadata(descriptor.path()) else { continue };
-            if meta.nlink() == 0 && meta.dev() == device {
-                seen.insert(meta.ino(), meta.blocks() * 512);
+            let in_memory = || {
+                let kind = nix::sys::statfs::statfs(&descriptor.path()).map(|fs| fs.filesystem_type());
+                kind.is_ok_and(|kind| kind == nix::sys::statfs::TMPFS_MAGIC)
+            };
+            if meta.nlink() == 0 && meta.is_file() && !in_memory() {
+                seen.insert((meta.dev(), meta.ino()), meta.blocks() * 512);
             }
         }
     }
