@@ -121,7 +121,7 @@ pub(crate) fn bare_slot(job: &str, identity: Identity, config: &Config) -> SlotS
         input: None,
         files: Vec::new(),
         limits: config.build.limits.slot(),
-        grace_ms: crate::bases::millis(config.build.grace),
+        grace_ms: crate::time::millis(config.build.grace),
     }
 }
 

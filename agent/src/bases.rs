@@ -156,7 +156,8 @@ impl Bases<'_> {
         let Some(record) = self.record_of(manifest) else { return Ok(None) };
         let path = self.record_path(manifest);
         // The time of last use orders deletion. Failing to note it only makes the order worse.
-        let _ = File::open(&path).and_then(|file| file.set_modified(std::time::UNIX_EPOCH + now()));
+        let _ =
+            File::open(&path).and_then(|file| file.set_modified(std::time::UNIX_EPOCH + crate::time::now()));
         Ok(Some(Base { record, _lock: lock }))
     }
 
@@ -331,14 +332,6 @@ pub(crate) fn log_pipe(job: &Job) -> Result<(std::io::PipeReader, std::os::fd::O
     let writer = std::os::fd::OwnedFd::from(writer);
     rustix::fs::fchmod(&writer, rustix::fs::Mode::from_raw_mode(0o622)).map_err(|e| failed(e.into()))?;
     Ok((reader, writer))
-}
-
-pub(crate) fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-pub(crate) fn now() -> Duration {
-    Duration::try_from(jiff::Timestamp::now().as_duration()).unwrap_or_default()
 }
 
 /// What [`DESCRIBE_STORE`] printed: buildah's record of the one image in the store, then bundle files.

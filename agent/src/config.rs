@@ -221,7 +221,7 @@ fn check(path: &Path, config: &Config) -> Result<(), ConfigError> {
         }
     }
     crate::registry::RegistryConfig::new(config.registry.clone())
-        .map_err(|e| value("registry", crate::executor::chain(&e)))?;
+        .map_err(|e| value("registry", crate::error::chain(&e)))?;
     if config.build.timeout.is_zero() {
         return Err(value("build.timeout", "must be longer than 0s".to_owned()));
     }

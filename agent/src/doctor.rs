@@ -9,7 +9,7 @@ use kiln_protocol::request::NetworkMode;
 use crate::agent::{Agent, AgentError};
 use crate::bases::{container_files, log_pipe};
 use crate::config::Config;
-use crate::executor::chain;
+use crate::error::chain;
 use crate::slot::wire::{CacheMount, Exit, SlotSpec, Step};
 use crate::slot::{Slot, SlotFiles, SlotLost};
 use crate::state::StateError;

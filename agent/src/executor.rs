@@ -21,6 +21,7 @@ use crate::agent::Agent;
 use crate::bases::Base;
 use crate::caches::CacheLease;
 use crate::dockerfile::{BuildInput, Dockerfile};
+use crate::error::chain;
 use crate::housekeeping;
 use crate::registry::{Credentials, ResolvedImage};
 use crate::seal::Sealed;
@@ -84,19 +85,29 @@ pub struct Finished {
     _job: Job,
 }
 
+/// A build that can start.
+#[derive(Debug)]
+pub struct Order {
+    /// Its id.
+    pub build: BuildId,
+    /// Its private directory.
+    pub job: Job,
+    /// What the client asked for.
+    pub request: BuildRequest,
+    /// What travels beside the request.
+    pub inputs: BuildInputs,
+}
+
 /// Runs a build to its end. Never fails by itself: what goes wrong is in the result.
 pub async fn run(
     agent: Arc<Agent>,
-    build: BuildId,
-    job: Job,
-    request: BuildRequest,
-    inputs: BuildInputs,
+    order: Order,
     events: mpsc::Sender<Event>,
     mut outside: StopSignal,
 ) -> Result<Finished, crate::state::StateError> {
     let (stopper, signal) = stop::channel();
-    let timeout = tokio::time::sleep(request.timeout);
-    let work = Run::start(agent, build, job, request, inputs, events, signal)?.run_to_its_end();
+    let timeout = tokio::time::sleep(order.request.timeout);
+    let work = Run::start(agent, order, events, signal)?.run_to_its_end();
     tokio::pin!(work, timeout);
     let mut expired = false;
     loop {
@@ -157,13 +168,11 @@ type Attempt<T> = Result<T, Failure>;
 impl Run {
     fn start(
         agent: Arc<Agent>,
-        build: BuildId,
-        job: Job,
-        request: BuildRequest,
-        inputs: BuildInputs,
+        order: Order,
         events: mpsc::Sender<Event>,
         stop: StopSignal,
     ) -> Result<Self, crate::state::StateError> {
+        let Order { build, job, request, inputs } = order;
         let blobs = crate::blobs::BlobStore::of_one_build(job.dir())?;
         let (phase, phase_began) = (Phase::Plan, Instant::now());
         Ok(Self {
@@ -327,7 +336,7 @@ impl Run {
     }
 
     fn close_phase(&mut self) {
-        let milliseconds = crate::bases::millis(self.phase_began.elapsed());
+        let milliseconds = crate::time::millis(self.phase_began.elapsed());
         self.phases.push(PhaseDuration { phase: self.phase, milliseconds });
     }
 
@@ -345,18 +354,6 @@ impl Run {
     async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Attempt<T> {
         tokio::task::spawn_blocking(work).await.map_err(|e| self.fail(Reason::Unknown, e.to_string()))
     }
-}
-
-/// The whole chain of an error in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 fn show_duration(duration: std::time::Duration) -> String {

@@ -191,7 +191,7 @@ fn unreferenced_blobs(agent: &Agent) -> Result<u64, HousekeepingError> {
         kept.extend([record.manifest, record.config]);
         kept.extend(record.layers.into_iter().map(|l| l.digest));
     }
-    agent.state.blobs().sweep(SystemTime::UNIX_EPOCH + bases::now())?;
+    agent.state.blobs().sweep(SystemTime::UNIX_EPOCH + crate::time::now())?;
     Ok(agent.state.blobs().retain(|digest| kept.contains(digest))?)
 }
 

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use kiln_agent::agent::buildah_version;
 use kiln_agent::dockerfile::{BuildInput, Dockerfile, DockerfileError};
-use kiln_agent::executor::{architecture, chain};
+use kiln_agent::error::chain;
+use kiln_agent::executor::architecture;
 use kiln_protocol::request::ImageFormat;
 
 use crate::app::Exit;

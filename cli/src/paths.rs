@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use kiln_agent::agent::Agent;
 use kiln_agent::config::{self, Config};
-use kiln_agent::executor::chain;
+use kiln_agent::error::chain;
 
 use crate::app::Exit;
 use crate::args::Places;

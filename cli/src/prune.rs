@@ -1,6 +1,6 @@
 //! `kiln prune` (edge).
 
-use kiln_agent::executor::chain;
+use kiln_agent::error::chain;
 use kiln_agent::housekeeping::{self, Pruned};
 
 use crate::app::Exit;

@@ -4,9 +4,10 @@ use kiln_protocol::Reason;
 use kiln_protocol::request::NetworkMode;
 use kiln_protocol::result::{Failure, LimitReport, Location};
 
-use super::{Run, chain};
+use super::Run;
 use crate::classify::{self, Verdict};
 use crate::dockerfile::{Dockerfile, DockerfileError};
+use crate::error::chain;
 use crate::slot::SlotLost;
 use crate::slot::wire::{Breach, StepEnd};
 

@@ -9,7 +9,8 @@ use kiln_protocol::{Digest, Reason};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 use super::prepare::store_names;
-use super::{Attempt, Built, Named, Planned, Run, chain};
+use super::{Attempt, Built, Named, Planned, Run};
+use crate::error::chain;
 use crate::housekeeping;
 use crate::plan::{self, PlanInput};
 use crate::seal::{self, BaseLayer, SealLimits, SealOptions};

@@ -11,8 +11,9 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinHandle;
 
-use super::{Attempt, Event, Run, chain};
+use super::{Attempt, Event, Run};
 use crate::config::ProxyConfig;
+use crate::error::chain;
 use crate::logs::display::parse_step;
 use crate::logs::redact::{MIN_SECRET_BYTES, Redactor, SecretValue};
 use crate::logs::spool::{Limits, Spool};

@@ -7,10 +7,11 @@ use kiln_protocol::Reason;
 use kiln_protocol::request::{ImageFormat, NetworkMode, SECRET_ID_RULE, is_secret_id};
 use kiln_protocol::result::Failure;
 
-use super::{Attempt, Named, Planned, Resolved, Run, chain};
+use super::{Attempt, Named, Planned, Resolved, Run};
 use crate::bases::{self, BaseError, Bases};
 use crate::caches::CacheLease;
 use crate::dockerfile::{BaseReference, BuildInput, Dockerfile, Problem, Severity};
+use crate::error::chain;
 use crate::plan::path;
 use crate::registry::{Platform, Registry, RegistryError};
 use crate::slot::wire::{SlotFile, SlotSpec};

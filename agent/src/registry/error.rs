@@ -3,7 +3,6 @@
 //! Nothing here holds a credential, a token or the query of an address.
 
 use std::error::Error;
-use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -305,18 +304,6 @@ fn manifest_hint(error: &ManifestError, host: &str) -> Option<String> {
     Some(hint)
 }
 
-/// An error with its sources, joined for a message.
-pub fn chain(error: &dyn Error) -> impl fmt::Display {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
-}
-
 /// The first error of type `T` among the sources. An I/O error hides the error that it carries from
 /// `source()`, so it is opened.
 fn find<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a T> {
@@ -365,7 +352,7 @@ mod tests {
     fn mirrors_that_were_asked_before_are_named() {
         let mut error = error("up", Cause::NotFound { code: Some("NAME_UNKNOWN".into()) });
         error.earlier.push(EndpointFailure { host: "m1".into(), cause: Cause::Redirect("too often") });
-        let text = chain(&error).to_string();
+        let text = crate::error::chain(&error);
         let expected = "cannot pull x from up (before that, mirror m1: redirected too often): \
             it is not there (NAME_UNKNOWN)";
         assert_eq!(text, expected);

@@ -32,7 +32,7 @@ pub use config::{
     Endpoint, MirrorSection, ProxyConfig, RegistryConfig, RegistryConfigError, RegistrySection,
 };
 pub use credentials::{Credential, Credentials, normalise_key};
-pub use error::{Cause, EndpointFailure, RegistryError, chain};
+pub use error::{Cause, EndpointFailure, RegistryError};
 pub use fetch::Progress;
 pub use manifest::{Descriptor, ManifestError};
 pub use oci_spec::distribution::Reference;

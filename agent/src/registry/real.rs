@@ -172,5 +172,6 @@ async fn debians_registry_is_pulled_from() {
     let registry = server.registry(with_ca(), PASSWORD);
     let error = registry.resolve(&gone, &platform, &store).await.unwrap_err();
     assert_eq!(error.reason(), Reason::NotFound);
-    assert!(chain(&error).to_string().contains("MANIFEST_UNKNOWN"), "{}", chain(&error));
+    let text = crate::error::chain(&error);
+    assert!(text.contains("MANIFEST_UNKNOWN"), "{text}");
 }

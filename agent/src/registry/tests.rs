@@ -178,7 +178,7 @@ async fn stub(odd: impl Fn(&Seen, usize) -> Option<Reply> + Send + Sync + 'stati
 }
 
 fn text(error: &RegistryError) -> String {
-    format!("{} {:?} {:?}", chain(error), error, error.hint())
+    format!("{} {:?} {:?}", crate::error::chain(error), error, error.hint())
 }
 
 #[tokio::test]

@@ -229,7 +229,7 @@ fn limit(spec: &SlotSpec, shim: &Child) -> Result<Option<Cgroup>, SlotLost> {
     let parent = super::cgroup::delegated().map_err(|e| {
         SetupError::new(
             "limit memory and CPU (build.limits.memory, build.limits.cpus)",
-            crate::executor::chain(&e),
+            crate::error::chain(&e),
         )
     })?;
     let failed = |e: std::io::Error| SetupError::new(format!("make a cgroup below {}", parent.display()), e);

@@ -1,0 +1,15 @@
+//! Errors as people read them (pure).
+
+use std::error::Error;
+
+/// An error with its sources in one line.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
