@@ -127,9 +127,13 @@ pub(crate) fn bare_slot(job: &str, identity: Identity, config: &Config) -> SlotS
 
 /// Version of the installed buildah, if it is new enough.
 pub fn buildah_version() -> Result<Version, AgentError> {
+    // It makes directories for its user even to tell its version: not in places that stay.
+    let home = tempfile::tempdir().map_err(AgentError::NoBuildah)?;
     let output = std::process::Command::new(plan::BUILDAH)
         .arg("--version")
         .env_clear()
+        .env("HOME", home.path())
+        .env("XDG_RUNTIME_DIR", home.path())
         .stdin(std::process::Stdio::null())
         .output()
         .map_err(AgentError::NoBuildah)?;

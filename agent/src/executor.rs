@@ -295,9 +295,9 @@ impl Run {
         self.enter(Phase::Build).await;
         self.build(slot, planned, bases).await?;
         self.enter(Phase::Export).await;
-        let image_id = self.export(slot, bases).await?;
+        let exported = self.export(slot, bases).await?;
         self.enter(Phase::Seal).await;
-        let built = self.seal(&image_id, bases).await?;
+        let built = self.seal(exported, bases).await?;
         if let Some(cache) = cache {
             self.keep_cache(slot, cache).await;
         }

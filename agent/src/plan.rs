@@ -24,8 +24,8 @@ pub mod path {
     pub const NO_IGNORE: &str = "/etc/kiln/no-ignore";
     /// Image id of the finished build.
     pub const IMAGE_ID: &str = "/job/run/image-id";
-    /// The exported image.
-    pub const LAYOUT: &str = "/job/export/image";
+    /// Where exported images lie.
+    pub const EXPORT: &str = "/job/export";
     /// The exported root filesystem.
     pub const ROOT_FILESYSTEM: &str = "/job/export/rootfs.tar";
     /// Names under which the Dockerfile finds its base images.
@@ -118,11 +118,13 @@ fn request_flags(input: &PlanInput<'_>) -> Vec<String> {
 
 /// `buildah push` into a directory, layers uncompressed: the agent compresses the new ones while it
 /// verifies them, and takes base layers from its own blobs.
-pub fn export(base_stores: usize, image_id: &str) -> Vec<String> {
+///
+/// `layout` is a name that no step of the build could know, so none could prepare something under it.
+pub fn export(base_stores: usize, image_id: &str, layout: &str) -> Vec<String> {
     let mut argv = common(base_stores, true);
     argv.extend(["push".to_owned(), "--quiet".to_owned(), "--disable-compression".to_owned()]);
     argv.push(image_id.to_owned());
-    argv.push(format!("dir:{}", path::LAYOUT));
+    argv.push(format!("dir:{}/{layout}", path::EXPORT));
     argv
 }
 
@@ -267,11 +269,11 @@ build
     fn export_and_import_touch_only_the_slot() {
         let id = "ab".repeat(32);
         assert_eq!(
-            export(1, &id).join(" "),
+            export(1, &id, "a1b2").join(" "),
             format!(
                 "/usr/bin/buildah --storage-driver=overlay --root=/job/root --runroot=/job/run/containers \
                  --storage-opt=overlay.imagestore=/n --storage-opt=overlay.imagestore=/b/0 \
-                 push --quiet --disable-compression {id} dir:/job/export/image"
+                 push --quiet --disable-compression {id} dir:/job/export/a1b2"
             )
         );
         assert_eq!(

@@ -205,8 +205,7 @@ fn a_prepared_layout_is_not_trusted() {
         let canary = canary(&lab).display().to_string();
         let commands = format!("cd /m/job/export && {{ {}; }}", prepare.replace("CANARY", &canary));
         let outcome = through_a_link(&lab, "/", &commands);
-        // 124: whoever makes buildah wait for a FIFO waits until the end of the own time.
-        assert!([0, 1, 5, 124].contains(&outcome.code), "{prepare}: {}\n{}", outcome.code, outcome.output());
+        assert!([0, 1, 5].contains(&outcome.code), "{prepare}: {}\n{}", outcome.code, outcome.output());
         assert_eq!(outcome.code == 0, lab.archive().exists());
         if outcome.code == 0 {
             assert!(Image::docker_archive(&lab.archive()).entry("bin/busybox").is_some());

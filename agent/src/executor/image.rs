@@ -20,6 +20,13 @@ use crate::slot::{Slot, UNPACK_REFUSED};
 /// `sha256:` and 64 characters; more is not an image id.
 const MAX_IMAGE_ID_BYTES: u64 = 128;
 
+/// An image that buildah wrote into the job's directory.
+pub(super) struct Exported {
+    image_id: Digest,
+    /// Its directory below `export`.
+    layout: String,
+}
+
 impl Run {
     pub(super) async fn unpack(&mut self, slot: &mut Slot) -> Attempt<()> {
         let end = self.step(slot, Step::Unpack(self.agent.config.context.clone())).await?;
@@ -97,12 +104,17 @@ impl Run {
             .collect()
     }
 
-    pub(super) async fn export(&mut self, slot: &mut Slot, bases: &[Named]) -> Attempt<Digest> {
+    pub(super) async fn export(&mut self, slot: &mut Slot, bases: &[Named]) -> Attempt<Exported> {
         let image_id = self.read_image_id()?;
-        let argv = plan::export(store_names(bases).len(), image_id.hex());
+        let layout = uuid::Uuid::now_v7().simple().to_string();
+        let argv = plan::export(store_names(bases).len(), image_id.hex(), &layout);
         let step = Step::Exec { argv, env: plan::environment(&[]), network: false };
         let end = self.step(slot, step).await?;
-        if end.exit == Exit::Code(0) { Ok(image_id) } else { Err(self.step_failed(&end, None)) }
+        if end.exit == Exit::Code(0) {
+            Ok(Exported { image_id, layout })
+        } else {
+            Err(self.step_failed(&end, None))
+        }
     }
 
     fn read_image_id(&self) -> Attempt<Digest> {
@@ -125,7 +137,8 @@ impl Run {
         self.agent.state.store().map_err(|e| self.fail(Reason::Unknown, chain(&e)))
     }
 
-    pub(super) async fn seal(&mut self, image_id: &Digest, bases: &[Named]) -> Attempt<Built> {
+    pub(super) async fn seal(&mut self, exported: Exported, bases: &[Named]) -> Attempt<Built> {
+        let Exported { image_id, layout } = exported;
         let store = self.store()?;
         let layers: Vec<_> = bases.iter().flat_map(|n| n.base.record.layers.clone()).collect();
         self.share_layers(&layers)?;
@@ -141,7 +154,7 @@ impl Run {
                 limits,
                 should_stop: &should_stop,
             };
-            let layout = open_dir(&store, &format!("{export}/image"))?;
+            let layout = open_dir(&store, &format!("{export}/{layout}"))?;
             let image = seal::seal(layout.as_fd(), &layers, &blobs, &options)?;
             let root = files
                 .then(|| seal::seal_file(open_dir(&store, &export)?.as_fd(), "rootfs.tar", &blobs, &options));
@@ -149,7 +162,7 @@ impl Run {
         };
         let sealed: Result<_, seal::SealError> = self.blocking(work).await?;
         let (image, root_filesystem) = sealed.map_err(|e| self.not_sealed(&e))?;
-        if image.image.config_digest != *image_id {
+        if image.image.config_digest != image_id {
             return Err(
                 self.fail(Reason::CandidateCorrupt, "the exported config is not the image that was built")
             );
