@@ -250,8 +250,8 @@ fn a_device_cannot_be_made() {
 /// A daemon that survives its step must not: what is exported was written after its death.
 #[test]
 fn nobody_is_left_to_swap_a_blob() {
-    let lab = lab("FROM busybox:1\nRUN echo x > /x; setsid sh -c 'while :; do for f in /job/export/image/* \
-         /proc/[0-9]*/root/job/export/image/*; do echo swapped > $f; done; done' >/dev/null 2>&1 </dev/null &\n");
+    let lab = lab("FROM busybox:1\nRUN echo x > /x; setsid sh -c 'while :; do for f in /job/export/*/* \
+         /proc/[0-9]*/root/job/export/*/*; do echo swapped > $f; done; done' >/dev/null 2>&1 </dev/null &\n");
     let out = lab.path("out");
     let _ = lab.build().arg(format!("--output=dir:{}", out.display())).run().expect_code(0);
     // The reader verifies every digest.
