@@ -78,12 +78,20 @@ reasons! {
     LimitExceeded = "limit_exceeded", Never, Failed, 1;
     /// The request or the Dockerfile asks for something that Kiln refuses.
     BadRequest = "bad_request", Never, Failed, 2;
+    /// A policy plugin denied the build or the image.
+    PolicyDenied = "policy_denied", Never, Failed, 3;
     /// A registry or repository refused the credential.
     Unauthorized = "unauthorized", Never, Failed, 4;
+    /// A policy plugin did not answer: trap, memory, deadline, another limit, or it does not load.
+    HookFault = "hook_fault", Never, DeadLetter, 5;
+    /// A server that a policy plugin asks does not answer.
+    HookUnavailable = "hook_unavailable", Transient, DeadLetter, 5;
     /// A registry answered that it cannot serve now.
     RegistryUnavailable = "registry_unavailable", Transient, DeadLetter, 5;
     /// A name did not resolve or a connection broke.
     Network = "network", Transient, DeadLetter, 5;
+    /// The store of contexts and logs does not answer.
+    ObjectStore = "object_store", Transient, DeadLetter, 5;
     /// What the slot exported does not match its own digests.
     CandidateCorrupt = "candidate_corrupt", Transient, DeadLetter, 5;
     /// The node's disk is full.
@@ -96,12 +104,24 @@ reasons! {
     OutOfMemory = "out_of_memory", OnceElsewhere, DeadLetter, 5;
     /// Nothing known matches.
     Unknown = "unknown", OnceElsewhere, DeadLetter, 5;
+    /// The agent that held the lease went silent.
+    AgentLost = "agent_lost", AgentLost, DeadLetter, 5;
+    /// The agent shut down and gave the build back.
+    AgentDrain = "agent_drain", Uncounted, DeadLetter, 5;
+    /// The agent found no room for the build after it had claimed it.
+    NoCapacity = "no_capacity", Uncounted, DeadLetter, 5;
     /// The build took longer than it may.
     Timeout = "timeout", Never, Failed, 124;
+    /// No agent took the build in the time that it may wait.
+    QueueTimeout = "queue_timeout", Never, Failed, 124;
     /// A person or a signal asked for the end.
     Cancelled = "cancelled", Never, Cancelled, 130;
+    /// Every target of the build belongs to a newer build.
+    Superseded = "superseded", Never, Cancelled, 130;
     /// The client that waited for the build is gone.
     ClientGone = "client_gone", Never, Cancelled, 130;
+    /// After the commit a target was refused for good; the others moved.
+    PartialPublish = "partial_publish", Never, Failed, 5;
 }
 
 impl fmt::Display for Reason {
@@ -133,7 +153,7 @@ mod tests {
             match reason.end_state() {
                 EndState::Cancelled => assert_eq!(reason.exit_code(), 130),
                 EndState::DeadLetter => assert_eq!(reason.exit_code(), 5),
-                EndState::Failed => assert!([1, 2, 4, 124].contains(&reason.exit_code())),
+                EndState::Failed => assert!([1, 2, 3, 4, 5, 124].contains(&reason.exit_code())),
             }
         }
     }
