@@ -6,3 +6,4 @@
 pub mod build;
 pub mod decide;
 pub mod schedule;
+pub mod store;

@@ -1,0 +1,89 @@
+//! Agents that were heard of (shell).
+
+use std::collections::BTreeSet;
+
+use kiln_protocol::id::{AgentId, BootId, Pool};
+use kiln_protocol::message::PolicyKey;
+use sqlx::Row as _;
+use sqlx::sqlite::SqliteRow;
+use uuid::Uuid;
+
+use super::{StoreError, Tx, json, parse, to_json};
+use crate::build::Micros;
+
+/// What an agent said of itself last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AgentRow {
+    /// Who.
+    pub id: AgentId,
+    /// Which run of it.
+    pub boot: BootId,
+    /// Pools that it serves.
+    pub pools: BTreeSet<Pool>,
+    /// Policies that it has loaded.
+    pub policies: BTreeSet<PolicyKey>,
+    /// Builds that it can run at once.
+    pub slots: u32,
+    /// Slots without a build.
+    pub free: u32,
+    /// When it was heard of.
+    pub seen_at: Micros,
+}
+
+const UPSERT: &str = "INSERT INTO agents (id, boot, pools, policies, slots, free, seen_at) \
+    VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (id) DO UPDATE SET boot = excluded.boot, \
+    pools = excluded.pools, policies = excluded.policies, slots = excluded.slots, free = excluded.free, \
+    seen_at = excluded.seen_at";
+const ONE: &str = "SELECT id, boot, pools, policies, slots, free, seen_at FROM agents WHERE id = $1";
+const SEEN_SINCE: &str =
+    "SELECT id, boot, pools, policies, slots, free, seen_at FROM agents WHERE seen_at >= $1 ORDER BY id";
+const FORGET: &str = "DELETE FROM agents WHERE id = $1";
+
+impl Tx {
+    /// Notes what an agent says of itself.
+    pub async fn see_agent(&mut self, agent: &AgentRow) -> Result<(), StoreError> {
+        sqlx::query(UPSERT)
+            .bind(agent.id.as_str())
+            .bind(agent.boot.as_uuid())
+            .bind(to_json("pools", &agent.pools)?)
+            .bind(to_json("policies", &agent.policies)?)
+            .bind(i64::from(agent.slots))
+            .bind(i64::from(agent.free))
+            .bind(agent.seen_at)
+            .execute(&mut *self.inner)
+            .await?;
+        Ok(())
+    }
+
+    /// One agent.
+    pub async fn agent(&mut self, id: &AgentId) -> Result<Option<AgentRow>, StoreError> {
+        let row = sqlx::query(ONE).bind(id.as_str()).fetch_optional(&mut *self.inner).await?;
+        row.as_ref().map(agent).transpose()
+    }
+
+    /// Agents that were heard of since then.
+    pub async fn agents_since(&mut self, since: Micros) -> Result<Vec<AgentRow>, StoreError> {
+        let rows = sqlx::query(SEEN_SINCE).bind(since).fetch_all(&mut *self.inner).await?;
+        rows.iter().map(agent).collect()
+    }
+
+    /// An agent that will not come back.
+    pub async fn forget_agent(&mut self, id: &AgentId) -> Result<(), StoreError> {
+        sqlx::query(FORGET).bind(id.as_str()).execute(&mut *self.inner).await?;
+        Ok(())
+    }
+}
+
+fn agent(row: &SqliteRow) -> Result<AgentRow, StoreError> {
+    let boot: Uuid = row.try_get("boot")?;
+    let (slots, free): (i64, i64) = (row.try_get("slots")?, row.try_get("free")?);
+    Ok(AgentRow {
+        id: parse("id", row.try_get("id")?)?,
+        boot: BootId::from_uuid(boot),
+        pools: json("pools", row.try_get("pools")?)?,
+        policies: json("policies", row.try_get("policies")?)?,
+        slots: u32::try_from(slots).unwrap_or(0),
+        free: u32::try_from(free).unwrap_or(0),
+        seen_at: row.try_get("seen_at")?,
+    })
+}

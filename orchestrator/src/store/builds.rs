@@ -1,0 +1,275 @@
+//! Builds (shell).
+
+use std::collections::BTreeSet;
+
+use kiln_protocol::id::{ClaimId, Namespace, Pool, SubmitSeq};
+use kiln_protocol::{BuildId, BuildSpec, State};
+use sqlx::Row as _;
+use sqlx::sqlite::SqliteRow;
+use uuid::Uuid;
+
+use super::{StoreError, Tx, json, parse, to_json};
+use crate::build::{Build, Micros};
+use crate::schedule::{Running, Waiting};
+
+/// Waiting builds of one namespace that the scheduler looks at: more can never be next before these.
+const WINDOW: i64 = 64;
+
+/// A build and what it was submitted as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Recorded {
+    /// The build.
+    pub build: Build,
+    /// The spec; never changes.
+    pub spec: BuildSpec,
+}
+
+/// What became of a save.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Saved {
+    /// It is recorded.
+    Updated,
+    /// Somebody else changed the build meanwhile: load and decide again.
+    Lost,
+    /// There is no such build any more.
+    Gone,
+}
+
+/// What became of a submission.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inserted {
+    /// It is recorded.
+    New,
+    /// The same request was recorded before.
+    Repeated(BuildId),
+    /// Another request was recorded under this key.
+    OtherRequest(BuildId),
+}
+
+const INSERT: &str = "INSERT INTO builds (id, submit_seq, namespace, pool, priority, concurrency_group, \
+    repositories, idempotency_key, request_hash, state, version, committed, not_before, spec, document) \
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)";
+const BY_KEY: &str = "SELECT id, request_hash FROM builds WHERE namespace = $1 AND idempotency_key = $2";
+const NEXT_SEQ: &str = "UPDATE counters SET value = value + 1 WHERE name = 'submit' RETURNING value";
+const SAVE: &str = "UPDATE builds SET submit_seq = $3, pool = $4, state = $5, version = $6, committed = $7, \
+    not_before = $8, lease_agent = $9, lease_until = $10, claim_id = $11, document = $12 \
+    WHERE id = $1 AND version = $2";
+const EXISTS: &str = "SELECT 1 FROM builds WHERE id = $1";
+const LOAD: &str = "SELECT document, spec FROM builds WHERE id = $1";
+const BY_CLAIM: &str = "SELECT document, spec FROM builds WHERE claim_id = $1";
+const LEASED_BY: &str = "SELECT document, spec FROM builds WHERE lease_agent = $1 ORDER BY submit_seq";
+const IN_STATE: &str = "SELECT document, spec FROM builds WHERE state = $1 AND id > $2 ORDER BY id LIMIT $3";
+const IN_POOL: &str = "SELECT document, spec FROM builds WHERE pool = $1 \
+    AND state IN ('PENDING', 'BUILDING', 'PUSHING') ORDER BY submit_seq";
+const NEWEST: &str = "SELECT document, spec FROM builds ORDER BY submit_seq DESC LIMIT $1";
+const TO_PUBLISH: &str = "SELECT document, spec FROM builds WHERE state = 'PUSHING' AND committed \
+    AND lease_until IS NULL AND not_before <= $1 ORDER BY submit_seq LIMIT $2";
+const RUNNING: &str = "SELECT namespace, concurrency_group FROM builds WHERE state = 'BUILDING' OR (state = 'PUSHING' AND NOT committed)";
+const WAITING: &str = "SELECT id, submit_seq, namespace, pool, priority, concurrency_group, repositories, \
+    not_before, avoid FROM (SELECT id, submit_seq, namespace, pool, priority, concurrency_group, repositories, \
+    not_before, document ->> 'avoid' AS avoid, ROW_NUMBER() OVER (PARTITION BY namespace, pool \
+    ORDER BY priority DESC, submit_seq) AS place FROM builds WHERE state = 'PENDING') AS ranked WHERE place <= $1";
+const UNFINISHED: &str = "SELECT document, spec FROM builds WHERE state IN ('PENDING', 'BUILDING', 'PUSHING') \
+    AND id > $1 ORDER BY id LIMIT $2";
+const COUNTS: &str = "SELECT state, COUNT(*) AS builds FROM builds GROUP BY state";
+
+impl Tx {
+    /// The next place in the order of submission.
+    pub async fn next_submit_seq(&mut self) -> Result<SubmitSeq, StoreError> {
+        let row = sqlx::query(NEXT_SEQ).fetch_one(&mut *self.inner).await?;
+        Ok(SubmitSeq(row.try_get("value")?))
+    }
+
+    /// The build that was recorded under this idempotency key.
+    pub async fn repeated(
+        &mut self,
+        namespace: &Namespace,
+        key: &str,
+        request_hash: &str,
+    ) -> Result<Inserted, StoreError> {
+        let query = sqlx::query(BY_KEY).bind(namespace.as_str()).bind(key);
+        let Some(row) = query.fetch_optional(&mut *self.inner).await? else { return Ok(Inserted::New) };
+        let (id, hash): (Uuid, String) = (row.try_get("id")?, row.try_get("request_hash")?);
+        let id = BuildId::from_uuid(id);
+        Ok(if hash == request_hash { Inserted::Repeated(id) } else { Inserted::OtherRequest(id) })
+    }
+
+    /// Records a new build.
+    pub async fn insert(
+        &mut self,
+        build: &Build,
+        spec: &BuildSpec,
+        key: Option<&str>,
+        request_hash: &str,
+    ) -> Result<(), StoreError> {
+        let repositories: BTreeSet<String> = spec.targets().map(kiln_protocol::Target::name).collect();
+        sqlx::query(INSERT)
+            .bind(build.id.as_uuid())
+            .bind(build.submit_seq.0)
+            .bind(spec.namespace.as_str())
+            .bind(build.pool.as_str())
+            .bind(i64::from(spec.priority))
+            .bind(spec.group.as_ref().map(kiln_protocol::id::Group::as_str))
+            .bind(to_json("repositories", &repositories)?)
+            .bind(key)
+            .bind(request_hash)
+            .bind(build.state.label())
+            .bind(version(build.version))
+            .bind(build.commit.is_some())
+            .bind(build.not_before)
+            .bind(to_json("spec", spec)?)
+            .bind(to_json("document", build)?)
+            .execute(&mut *self.inner)
+            .await?;
+        Ok(())
+    }
+
+    /// Saves a build that was loaded with this version.
+    pub async fn save(&mut self, loaded: u64, build: &Build) -> Result<Saved, StoreError> {
+        let lease = build.lease.as_ref();
+        let done = sqlx::query(SAVE)
+            .bind(build.id.as_uuid())
+            .bind(version(loaded))
+            .bind(build.submit_seq.0)
+            .bind(build.pool.as_str())
+            .bind(build.state.label())
+            .bind(version(build.version))
+            .bind(build.commit.is_some())
+            .bind(build.not_before)
+            .bind(lease.map(|lease| lease.agent.as_str()))
+            .bind(lease.map(|lease| lease.until))
+            .bind(lease.map(|lease| lease.claim.as_uuid()))
+            .bind(to_json("document", build)?)
+            .execute(&mut *self.inner)
+            .await?;
+        if done.rows_affected() == 1 {
+            return Ok(Saved::Updated);
+        }
+        let exists = sqlx::query(EXISTS).bind(build.id.as_uuid()).fetch_optional(&mut *self.inner).await?;
+        Ok(if exists.is_some() { Saved::Lost } else { Saved::Gone })
+    }
+
+    /// One build.
+    pub async fn load(&mut self, id: BuildId) -> Result<Option<Recorded>, StoreError> {
+        let row = sqlx::query(LOAD).bind(id.as_uuid()).fetch_optional(&mut *self.inner).await?;
+        row.as_ref().map(recorded).transpose()
+    }
+
+    /// The build that answers this wish.
+    pub async fn of_claim(&mut self, claim: ClaimId) -> Result<Option<Recorded>, StoreError> {
+        let row = sqlx::query(BY_CLAIM).bind(claim.as_uuid()).fetch_optional(&mut *self.inner).await?;
+        row.as_ref().map(recorded).transpose()
+    }
+
+    /// Builds of an agent.
+    pub async fn leased_by(
+        &mut self,
+        agent: &kiln_protocol::id::AgentId,
+    ) -> Result<Vec<Recorded>, StoreError> {
+        let rows = sqlx::query(LEASED_BY).bind(agent.as_str()).fetch_all(&mut *self.inner).await?;
+        rows.iter().map(recorded).collect()
+    }
+
+    /// Builds in a state, by id, after this one.
+    pub async fn in_state(
+        &mut self,
+        state: State,
+        after: Option<BuildId>,
+        limit: i64,
+    ) -> Result<Vec<Recorded>, StoreError> {
+        let after = after.map_or(Uuid::nil(), |id| id.as_uuid());
+        let query = sqlx::query(IN_STATE).bind(state.label()).bind(after).bind(limit);
+        query.fetch_all(&mut *self.inner).await?.iter().map(recorded).collect()
+    }
+
+    /// Builds of a pool that are not over.
+    pub async fn in_pool(&mut self, pool: &Pool) -> Result<Vec<Recorded>, StoreError> {
+        let rows = sqlx::query(IN_POOL).bind(pool.as_str()).fetch_all(&mut *self.inner).await?;
+        rows.iter().map(recorded).collect()
+    }
+
+    /// The newest builds.
+    pub async fn newest(&mut self, limit: i64) -> Result<Vec<Recorded>, StoreError> {
+        let rows = sqlx::query(NEWEST).bind(limit).fetch_all(&mut *self.inner).await?;
+        rows.iter().map(recorded).collect()
+    }
+
+    /// Committed builds on which nobody works.
+    pub async fn to_publish(&mut self, limit: i64) -> Result<Vec<Recorded>, StoreError> {
+        let query = sqlx::query(TO_PUBLISH).bind(self.now).bind(limit);
+        query.fetch_all(&mut *self.inner).await?.iter().map(recorded).collect()
+    }
+
+    /// Builds that are not over, by id, after this one.
+    pub async fn unfinished(
+        &mut self,
+        after: Option<BuildId>,
+        limit: i64,
+    ) -> Result<Vec<Recorded>, StoreError> {
+        let after = after.map_or(Uuid::nil(), |id| id.as_uuid());
+        let query = sqlx::query(UNFINISHED).bind(after).bind(limit);
+        query.fetch_all(&mut *self.inner).await?.iter().map(recorded).collect()
+    }
+
+    /// Builds that take part in the shares.
+    pub async fn running(&mut self) -> Result<Vec<Running>, StoreError> {
+        let rows = sqlx::query(RUNNING).fetch_all(&mut *self.inner).await?;
+        let running = |row: &SqliteRow| {
+            let group: Option<String> = row.try_get("concurrency_group")?;
+            Ok(Running {
+                namespace: parse("namespace", row.try_get("namespace")?)?,
+                group: group.map(|text| parse("concurrency_group", &text)).transpose()?,
+            })
+        };
+        rows.iter().map(running).collect()
+    }
+
+    /// Waiting builds that may be among the next, each with the repositories that it publishes to.
+    pub async fn waiting(&mut self) -> Result<Vec<(Waiting, BTreeSet<String>)>, StoreError> {
+        let rows = sqlx::query(WAITING).bind(WINDOW).fetch_all(&mut *self.inner).await?;
+        rows.iter().map(waiting).collect()
+    }
+
+    /// How many builds there are in each state that has some.
+    pub async fn counts(&mut self) -> Result<Vec<(State, u64)>, StoreError> {
+        let rows = sqlx::query(COUNTS).fetch_all(&mut *self.inner).await?;
+        let count = |row: &SqliteRow| {
+            let builds: i64 = row.try_get("builds")?;
+            Ok((state(row.try_get("state")?)?, u64::try_from(builds).unwrap_or(0)))
+        };
+        rows.iter().map(count).collect()
+    }
+}
+
+fn version(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn state(label: &str) -> Result<State, StoreError> {
+    let unknown = || StoreError::Row { what: "state", why: format!("`{label}` is none") };
+    State::from_label(label).ok_or_else(unknown)
+}
+
+fn recorded(row: &SqliteRow) -> Result<Recorded, StoreError> {
+    let (document, spec): (String, String) = (row.try_get("document")?, row.try_get("spec")?);
+    Ok(Recorded { build: json("document", &document)?, spec: json("spec", &spec)? })
+}
+
+fn waiting(row: &SqliteRow) -> Result<(Waiting, BTreeSet<String>), StoreError> {
+    let (id, priority): (Uuid, i64) = (row.try_get("id")?, row.try_get("priority")?);
+    let (group, avoid): (Option<String>, Option<String>) =
+        (row.try_get("concurrency_group")?, row.try_get("avoid")?);
+    let not_before: Micros = row.try_get("not_before")?;
+    let waiting = Waiting {
+        id: BuildId::from_uuid(id),
+        submit_seq: SubmitSeq(row.try_get("submit_seq")?),
+        priority: u8::try_from(priority).unwrap_or(0),
+        namespace: parse("namespace", row.try_get("namespace")?)?,
+        group: group.map(|text| parse("concurrency_group", &text)).transpose()?,
+        pool: parse("pool", row.try_get("pool")?)?,
+        avoid: avoid.map(|text| parse("avoid", &text)).transpose()?,
+        not_before,
+        policies: BTreeSet::new(),
+    };
+    Ok((waiting, json("repositories", row.try_get("repositories")?)?))
+}

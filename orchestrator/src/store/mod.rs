@@ -1,0 +1,163 @@
+//! The record: one database, SQLite for one machine (shell).
+//!
+//! Every change is one transaction that loads what it needs, asks a pure function, and saves. SQL is written
+//! so that PostgreSQL can execute it too: `$1` parameters, `RETURNING`, `ON CONFLICT`, integers for moments.
+
+mod agents;
+mod builds;
+mod clock;
+mod heads;
+mod outbox;
+mod streams;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
+};
+use sqlx::{SqlSafeStr as _, Sqlite, Transaction};
+
+use crate::build::Micros;
+
+pub use agents::AgentRow;
+pub use builds::{Inserted, Recorded, Saved};
+pub use clock::Clock;
+pub use heads::Recheck;
+pub use outbox::{Outgoing, Pending};
+pub use streams::{BadMessage, StoredEvent};
+
+/// A writer waits this long for another process that writes.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Every use of the database ends within this time.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Readers at once; they never wait for the writer.
+const READERS: u32 = 4;
+
+/// The record cannot be read or written now.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database cannot be opened.
+    #[error("open the database {}", path.display())]
+    Open {
+        /// Its file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// Its schema cannot be brought up to date.
+    #[error("bring the schema of the database {} up to date", path.display())]
+    Migrate {
+        /// Its file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: sqlx::migrate::MigrateError,
+    },
+    /// A statement failed.
+    #[error("use the database")]
+    Sql(#[from] sqlx::Error),
+    /// A row does not say what it should.
+    #[error("the {what} of a row cannot be read: {why}")]
+    Row {
+        /// Which column.
+        what: &'static str,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// The record.
+#[derive(Debug, Clone)]
+pub struct Store {
+    writer: SqlitePool,
+    readers: SqlitePool,
+    clock: Clock,
+}
+
+/// A transaction. Dropped without [`Tx::commit`] it changes nothing.
+#[derive(Debug)]
+pub struct Tx {
+    inner: Transaction<'static, Sqlite>,
+    now: Micros,
+}
+
+impl Store {
+    /// Opens the database in this file, made if it is missing.
+    pub async fn open(path: &Path, clock: Clock) -> Result<Self, StoreError> {
+        let failed = |source| StoreError::Open { path: path.to_owned(), source };
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            // A commit that was answered survives a loss of power.
+            .synchronous(SqliteSynchronous::Full)
+            .busy_timeout(BUSY_TIMEOUT)
+            .foreign_keys(true);
+        let pool = |size| SqlitePoolOptions::new().max_connections(size).acquire_timeout(ACQUIRE_TIMEOUT);
+        // SQLite has one writer: waiting for it in the pool is fairer than in the file.
+        let writer = pool(1).connect_with(options.clone()).await.map_err(failed)?;
+        let migrated = migrations().run(&writer).await;
+        migrated.map_err(|source| StoreError::Migrate { path: path.to_owned(), source })?;
+        let readers = pool(READERS).connect_with(options).await.map_err(failed)?;
+        Ok(Self { writer, readers, clock })
+    }
+
+    /// Begins a change. Nobody else writes until it ends.
+    pub async fn write(&self) -> Result<Tx, StoreError> {
+        // Immediate: a transaction that becomes a writer later fails at once when another one was faster.
+        let inner = self.writer.begin_with("BEGIN IMMEDIATE".into_sql_str()).await?;
+        Ok(Tx { inner, now: self.clock.now() })
+    }
+
+    /// Begins to read one consistent state.
+    pub async fn read(&self) -> Result<Tx, StoreError> {
+        Ok(Tx { inner: self.readers.begin().await?, now: self.clock.now() })
+    }
+
+    /// Ends every use of the database.
+    pub async fn close(&self) {
+        self.readers.close().await;
+        self.writer.close().await;
+    }
+}
+
+impl Tx {
+    /// The moment of this transaction, by the clock of the database.
+    pub const fn now(&self) -> Micros {
+        self.now
+    }
+
+    /// Makes the changes last.
+    pub async fn commit(self) -> Result<(), StoreError> {
+        Ok(self.inner.commit().await?)
+    }
+}
+
+fn migrations() -> Migrator {
+    let record = include_str!("../../migrations/sqlite/0001_record.sql").into_sql_str();
+    let migration = |version, name: &'static str, sql| {
+        Migration::new(version, name.into(), MigrationType::Simple, sql, false)
+    };
+    Migrator::with_migrations(vec![migration(1, "record", record)])
+}
+
+/// Reads JSON out of a column.
+fn json<T: serde::de::DeserializeOwned>(what: &'static str, text: &str) -> Result<T, StoreError> {
+    serde_json::from_str(text).map_err(|e| StoreError::Row { what, why: e.to_string() })
+}
+
+/// Writes JSON for a column.
+fn to_json<T: serde::Serialize>(what: &'static str, value: &T) -> Result<String, StoreError> {
+    serde_json::to_string(value).map_err(|e| StoreError::Row { what, why: e.to_string() })
+}
+
+/// Reads a typed text, a name or a digest, out of a column.
+fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(
+    what: &'static str,
+    text: &str,
+) -> Result<T, StoreError> {
+    text.parse().map_err(|e: T::Err| StoreError::Row { what, why: e.to_string() })
+}
