@@ -61,7 +61,7 @@ pub struct FaultRates {
     /// [`Fault::Delay`], up to `longest_delay`.
     pub delay: f64,
     /// [`Fault::Return`].
-    pub return_: f64,
+    pub return_to_publisher: f64,
     /// [`Fault::Reject`].
     pub reject: f64,
     /// [`Fault::LosePublish`].
@@ -166,7 +166,7 @@ impl Faulty {
             (rates.lose, Fault::Lose),
             (rates.duplicate, Fault::Duplicate),
             (rates.delay, Fault::Delay(rates.longest_delay)),
-            (rates.return_, Fault::Return),
+            (rates.return_to_publisher, Fault::Return),
             (rates.reject, Fault::Reject),
             (rates.lose_publish, Fault::LosePublish),
             (rates.lose_confirm, Fault::LoseConfirm),

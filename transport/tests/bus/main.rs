@@ -1,4 +1,5 @@
 //! What every bus must do, run on each of them, and what the in-memory one does wrong on request.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod conformance;
 mod dead_letters;

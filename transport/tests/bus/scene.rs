@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// fail a good broker.
 const SILENCE: Duration = Duration::from_millis(150);
 
-/// A kind of broker. Two identities exist on it: [`Scene::ALPHA`] and [`Scene::BETA`].
+/// A kind of broker. Two identities exist on it: [`ALPHA`] and [`BETA`].
 pub(crate) trait World {
     async fn connect(&self, identity: &str) -> Bus;
 }
@@ -27,6 +27,14 @@ pub(crate) struct InMemory(MemoryBroker);
 impl InMemory {
     pub(crate) fn new() -> Self {
         Self(MemoryBroker::new(0))
+    }
+
+    pub(crate) fn of(broker: MemoryBroker) -> Self {
+        Self(broker)
+    }
+
+    pub(crate) fn broker(&self) -> &MemoryBroker {
+        &self.0
     }
 }
 
