@@ -4,6 +4,7 @@
 //! able to bear that any message is lost, comes twice or comes late.
 
 mod backoff;
+pub mod blobs;
 mod bus;
 mod delivery;
 mod error;
@@ -13,6 +14,7 @@ pub mod topic;
 pub mod topology;
 
 pub use backoff::Backoff;
+pub use blobs::Blobs;
 pub use bus::{Bus, ConnectionState, ConnectionWatch};
 pub use delivery::{Consumer, Delivery};
 pub use error::BusError;
