@@ -3,7 +3,20 @@
 //! The record in the database decides everything; messages are hints. What happens to a build is decided by
 //! the pure functions of [`decide`] and [`schedule`]; everything else loads, calls them, and saves.
 
+pub mod amnesty;
 pub mod build;
+pub mod control;
+pub mod core;
 pub mod decide;
+pub mod entropy;
+pub mod error;
+mod ingest;
+mod lease;
+mod outbox;
+pub mod policy;
+pub mod run;
 pub mod schedule;
 pub mod store;
+pub mod submit;
+pub mod sweep;
+pub mod topology;

@@ -109,11 +109,11 @@ fn bounded<T: Message>(bytes: &[u8]) -> Result<(), EnvelopeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::id::{Attempt, BuildId};
+    use crate::BuildId;
 
     #[test]
     fn a_message_survives_and_ignores_what_it_does_not_know() {
-        let hint = Hint { build: BuildId::generate(), attempt: Attempt::FIRST };
+        let hint = Hint { build: BuildId::generate() };
         let bytes = encode(&hint).unwrap();
         assert_eq!(decode::<Hint>(&bytes).unwrap(), hint);
         let mut value: serde_json::Value = serde_json::from_slice(&bytes).unwrap();

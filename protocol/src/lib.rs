@@ -5,6 +5,7 @@
 
 pub mod digest;
 pub mod envelope;
+pub mod glob;
 pub mod id;
 pub mod message;
 pub mod reason;

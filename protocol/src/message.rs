@@ -18,8 +18,6 @@ use crate::{BuildId, Digest, Reason, Target};
 pub struct Hint {
     /// The build that the scheduler would give out.
     pub build: BuildId,
-    /// Its attempt.
-    pub attempt: Attempt,
 }
 
 /// Somebody asked for the end of a build. Carried by `cmd.build.cancel.<agent>`; a renewal says the same.
@@ -66,6 +64,8 @@ pub enum Request {
     Commit(CommitRequest),
     /// Is this build still the newest of that tag?
     Head(HeadRequest),
+    /// This is what the tag shows that I was to look at.
+    Tag(TagSeen),
 }
 
 /// The answer to a [`Request`].
@@ -80,6 +80,8 @@ pub enum Answer {
     Commit(CommitAnswer),
     /// To a question for the head.
     Head(HeadAnswer),
+    /// To what a tag shows.
+    Tag(TagAnswer),
     /// The server cannot decide now; ask again.
     Unavailable {
         /// Why, for the log.
@@ -125,6 +127,8 @@ pub enum ClaimAnswer {
     Build(Box<BuildGrant>),
     /// Move the tags of this.
     Publish(Box<PublishGrant>),
+    /// Look at this tag.
+    Check(Box<TagCheck>),
 }
 
 /// A lease to build.
@@ -188,6 +192,44 @@ pub struct PublishGrant {
     pub open: Vec<Target>,
     /// Where the credentials are.
     pub credentials: SecretSource,
+}
+
+/// A tag that an earlier writer may have moved back. Needs no lease: looking twice does no harm.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TagCheck {
+    /// The tag.
+    pub target: Target,
+    /// The build that it should show.
+    pub build: BuildId,
+    /// Its image.
+    pub committed: Committed,
+    /// Where the credentials are.
+    pub credentials: SecretSource,
+}
+
+/// What a tag shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TagSeen {
+    /// Who looked.
+    pub agent: AgentId,
+    /// The tag.
+    pub target: Target,
+    /// The build that it should show.
+    pub build: BuildId,
+    /// The digest that it shows; none if there is no such tag.
+    pub found: Option<Digest>,
+}
+
+/// What to do about what a tag shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TagAnswer {
+    /// Nothing: it is right, or a newer build owns it by now.
+    Leave,
+    /// Kiln put it there for an older build: put the right one.
+    Repair,
+    /// Somebody else put it there: leave it, and tell people.
+    Drift,
 }
 
 /// What a commit record holds of the image.

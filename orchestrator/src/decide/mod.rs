@@ -7,6 +7,7 @@ mod attempt;
 mod commit;
 mod dead;
 mod lease;
+mod recheck;
 mod report;
 
 pub use attempt::{MAX_UNCOUNTED, Tries, client_gone, end_attempt, queue_timeout};
@@ -15,6 +16,7 @@ pub use dead::{GIVE_UP_AFTER, ReplayRefused, discard, give_up_publishing, replay
 pub use lease::{
     CANCEL_GRACE, ClaimRefused, Claimant, OVERDUE_GRACE, TTL, cancel, claim, expire, overdue, release, renew,
 };
+pub use recheck::{next_recheck, recheck_delay};
 pub use report::{Taken, report};
 
 use kiln_protocol::State;

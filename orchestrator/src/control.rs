@@ -1,0 +1,157 @@
+//! What people ask: show, cancel, replay, discard (shell).
+
+use kiln_protocol::id::Pool;
+use kiln_protocol::{BuildId, Reason, State, Target};
+
+use crate::build::Head;
+use crate::core::{CoreError, Orchestrator};
+use crate::decide::{self, CancelRefused, ReplayRefused};
+use crate::schedule::{self, Wait};
+use crate::store::{Recorded, StoreError, StoredEvent, Tx};
+
+/// Rows that one question answers at most.
+pub const PAGE: i64 = 200;
+
+/// What a person asked for is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// There is no such build.
+    #[error("there is no build {0}")]
+    Missing(BuildId),
+    /// It cannot be cancelled.
+    #[error("build {id} cannot be cancelled")]
+    Cancel {
+        /// The build.
+        id: BuildId,
+        /// Why.
+        #[source]
+        source: CancelRefused,
+    },
+    /// It cannot be replayed.
+    #[error("build {id} cannot be replayed")]
+    Replay {
+        /// The build.
+        id: BuildId,
+        /// Why.
+        #[source]
+        source: ReplayRefused,
+    },
+    /// The record.
+    #[error(transparent)]
+    Core(#[from] CoreError),
+}
+
+impl From<StoreError> for ControlError {
+    fn from(error: StoreError) -> Self {
+        Self::Core(error.into())
+    }
+}
+
+/// A build in the queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Queued {
+    /// The build.
+    pub id: BuildId,
+    /// Why it waits.
+    pub wait: Wait,
+}
+
+impl Orchestrator {
+    /// One build.
+    pub async fn show(&self, id: BuildId) -> Result<Recorded, ControlError> {
+        self.store.read().await?.load(id).await?.ok_or(ControlError::Missing(id))
+    }
+
+    /// The newest builds, the newest first.
+    pub async fn list(&self) -> Result<Vec<Recorded>, ControlError> {
+        Ok(self.store.read().await?.newest(PAGE).await?)
+    }
+
+    /// Builds in a state, by id, after this one.
+    pub async fn list_in(&self, state: State, after: Option<BuildId>) -> Result<Vec<Recorded>, ControlError> {
+        Ok(self.store.read().await?.in_state(state, after, PAGE).await?)
+    }
+
+    /// Changes of a build after the one with this id.
+    pub async fn events(&self, id: BuildId, after: i64) -> Result<Vec<StoredEvent>, ControlError> {
+        Ok(self.store.read().await?.events(id, after, PAGE).await?)
+    }
+
+    /// Every waiting build that may be among the next, the next one first, and why it waits.
+    pub async fn queue(&self) -> Result<Vec<Queued>, ControlError> {
+        let mut tx = self.store.read().await?;
+        let situation = self.situation(&mut tx).await?;
+        let (waiting, now) = (&situation.waiting, situation.now);
+        let order =
+            schedule::order(waiting, &situation.running, &situation.agents, self.settings.limits, now);
+        Ok(order.into_iter().map(|(id, wait)| Queued { id, wait }).collect())
+    }
+
+    /// Asks for the end of a build. When this returns, the build will never move a tag.
+    pub async fn cancel(&self, id: BuildId, reason: Reason, actor: &str) -> Result<State, ControlError> {
+        let mut tx = self.store.write().await?;
+        let found = tx.load(id).await?.ok_or(ControlError::Missing(id))?;
+        let after = decide::cancel(&found.build, reason, tx.now());
+        let after = after.map_err(|source| ControlError::Cancel { id, source })?;
+        let after = self.save(&mut tx, &found, after).await?;
+        tx.audit(actor, "cancel", Some(id), reason.label()).await?;
+        tx.commit().await?;
+        self.wake.notify_waiters();
+        Ok(after.state)
+    }
+
+    /// Tries a dead letter again. With `take_head` it counts as the newest build of its targets.
+    pub async fn replay(&self, id: BuildId, take_head: bool, actor: &str) -> Result<State, ControlError> {
+        let mut tx = self.store.write().await?;
+        let found = tx.load(id).await?.ok_or(ControlError::Missing(id))?;
+        let newest = if take_head { Some(tx.next_submit_seq().await?) } else { None };
+        let heads = heads(&mut tx, &found).await?;
+        let head = |target: &Target| heads.iter().find(|(t, _)| t == target).map(|(_, head)| head);
+        let after = decide::replay(&found.build, &found.spec, head, newest, tx.now());
+        let after = after.map_err(|source| ControlError::Replay { id, source })?;
+        let after = self.save(&mut tx, &found, after).await?;
+        tx.audit(actor, "replay", Some(id), if take_head { "take-head" } else { "" }).await?;
+        tx.commit().await?;
+        self.wake.notify_waiters();
+        Ok(after.state)
+    }
+
+    /// Ends a dead letter for good.
+    pub async fn discard(&self, id: BuildId, actor: &str) -> Result<State, ControlError> {
+        let mut tx = self.store.write().await?;
+        let found = tx.load(id).await?.ok_or(ControlError::Missing(id))?;
+        let after = decide::discard(&found.build, &found.spec, tx.now());
+        let after = after.map_err(CoreError::from)?;
+        let after = self.save(&mut tx, &found, after).await?;
+        tx.audit(actor, "discard", Some(id), "").await?;
+        tx.commit().await?;
+        Ok(after.state)
+    }
+
+    /// Ends the builds of a pool whose only process is gone: what is not committed is cancelled, what is goes to
+    /// `heir` and rolls forward there.
+    pub async fn bury(&self, pool: &Pool, heir: &Pool) -> Result<usize, ControlError> {
+        let mut tx = self.store.write().await?;
+        let mut ended = 0;
+        for found in tx.in_pool(pool).await? {
+            let now = tx.now();
+            let after = decide::client_gone(&found.build, now).unwrap_or_else(|| found.build.clone());
+            let pool = if after.commit.is_some() { heir.clone() } else { after.pool.clone() };
+            self.save(&mut tx, &found, crate::build::Build { pool, ..after }).await?;
+            ended += 1;
+        }
+        tx.commit().await?;
+        self.wake.notify_waiters();
+        Ok(ended)
+    }
+}
+
+async fn heads(tx: &mut Tx, found: &Recorded) -> Result<Vec<(Target, Head)>, StoreError> {
+    let mut heads = Vec::new();
+    for target in found.spec.targets() {
+        if let Some(head) = tx.head(target).await? {
+            heads.push((target.clone(), head));
+        }
+    }
+    Ok(heads)
+}

@@ -1,0 +1,163 @@
+//! The orchestrator: the record, its settings, and how a change is saved (shell).
+
+use kiln_protocol::envelope::EnvelopeError;
+use kiln_protocol::id::{LeaseToken, Pool};
+use kiln_protocol::message::Cancel;
+use kiln_protocol::state::IllegalTransition;
+use kiln_protocol::{BuildId, BuildSpec, topology};
+use tokio::sync::Notify;
+
+use crate::build::{Build, Micros};
+use crate::decide::{self, Tries};
+use crate::entropy::Entropy;
+use crate::policy::{self, PolicyRule};
+use crate::schedule::{Agent, Limits, Waiting};
+use crate::store::{Outgoing, Recorded, Saved, Store, StoreError, Tx};
+
+/// What the operator decides.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Bounds on builds that run at once.
+    pub limits: Limits,
+    /// Policies that builds need.
+    pub policies: Vec<PolicyRule>,
+    /// The only pool that this process schedules for; every pool if there is none.
+    pub only_pool: Option<Pool>,
+}
+
+/// Records builds and decides about them. Any number of processes may do so on one record.
+#[derive(Debug)]
+pub struct Orchestrator {
+    pub(crate) store: Store,
+    pub(crate) settings: Settings,
+    pub(crate) entropy: Entropy,
+    /// Something may be due: a build, a message.
+    pub(crate) wake: Notify,
+}
+
+/// Something cannot be recorded or decided now.
+#[derive(Debug, thiserror::Error)]
+pub enum CoreError {
+    /// The record.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A message cannot be written.
+    #[error(transparent)]
+    Envelope(#[from] EnvelopeError),
+    /// Another process changed the build at the same time.
+    #[error("build {0} was changed by somebody else at the same time; ask again")]
+    Conflict(BuildId),
+    /// The build is not in a state for this.
+    #[error(transparent)]
+    Illegal(#[from] IllegalTransition),
+}
+
+impl Orchestrator {
+    /// On this record.
+    pub fn new(store: Store, settings: Settings, entropy: Entropy) -> Self {
+        Self { store, settings, entropy, wake: Notify::new() }
+    }
+
+    /// The record.
+    pub const fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub(crate) fn tries(&self, spec: &BuildSpec) -> Tries {
+        Tries { max_attempts: spec.max_attempts, jitter: self.entropy.jitter() }
+    }
+
+    pub(crate) fn fresh_token(&self) -> LeaseToken {
+        self.entropy.lease_token()
+    }
+
+    /// Whether this process schedules for that pool.
+    pub(crate) fn serves(&self, pool: &Pool) -> bool {
+        self.settings.only_pool.as_ref().is_none_or(|only| only == pool)
+    }
+
+    /// Saves what a decision made of a build, tells everybody, and sends what follows from it.
+    pub(crate) async fn save(
+        &self,
+        tx: &mut Tx,
+        before: &Recorded,
+        after: Build,
+    ) -> Result<Build, CoreError> {
+        if after == before.build {
+            return Ok(after);
+        }
+        let loaded = before.build.version;
+        let after = Build { version: loaded + 1, ..after };
+        if tx.save(loaded, &after).await? != Saved::Updated {
+            return Err(CoreError::Conflict(after.id));
+        }
+        self.tell(tx, before, &after).await?;
+        if let Some(cancel) = wish_to_send(&before.build, &after)? {
+            tx.send(&cancel).await?;
+        }
+        self.watch_tags(tx, before, &after).await?;
+        Ok(after)
+    }
+
+    /// Appends to the public stream what changed for everybody.
+    async fn tell(&self, tx: &mut Tx, before: &Recorded, after: &Build) -> Result<(), CoreError> {
+        let (old, new) = (before.build.public(&before.spec, 0), after.public(&before.spec, tx.now()));
+        let same = kiln_protocol::message::StatusEvent { version: new.version, at: new.at, ..old };
+        if same == new {
+            return Ok(());
+        }
+        tx.append_event(&new).await?;
+        let key = topology::status(&before.spec.namespace);
+        tx.send(&Outgoing::new(topology::EVENTS, key, &new)?).await?;
+        self.wake.notify_waiters();
+        Ok(())
+    }
+
+    /// A holder that was lost after the commit may wake up and move a tag back.
+    async fn watch_tags(&self, tx: &mut Tx, before: &Recorded, after: &Build) -> Result<(), CoreError> {
+        let lost = before.build.commit.is_some() && before.build.lease.is_some() && after.lease.is_none();
+        if !lost || after.finished == before.build.lease_key() {
+            return Ok(());
+        }
+        for target in before.build.open_targets(&before.spec) {
+            let first = tx.now().saturating_add(decide::recheck_delay(0));
+            tx.recheck_at(&target, Some(first), 0).await?;
+        }
+        Ok(())
+    }
+
+    /// What the scheduler chooses from.
+    pub(crate) async fn situation(&self, tx: &mut Tx) -> Result<Situation, CoreError> {
+        let rows = tx.waiting().await?.into_iter().filter(|(waiting, _)| self.serves(&waiting.pool));
+        let waiting = rows.map(|(waiting, repositories)| {
+            let required = policy::required(&self.settings.policies, &repositories);
+            Waiting { policies: policy::keys(&required), ..waiting }
+        });
+        let waiting = waiting.collect();
+        let alive_since = tx.now().saturating_sub(decide::TTL);
+        let agents = tx.agents_since(alive_since).await?.into_iter().map(|row| Agent {
+            id: row.id,
+            pools: row.pools,
+            policies: row.policies,
+            free: row.free,
+        });
+        Ok(Situation { waiting, running: tx.running().await?, agents: agents.collect(), now: tx.now() })
+    }
+}
+
+/// What the scheduler chooses from.
+pub(crate) struct Situation {
+    pub(crate) waiting: Vec<Waiting>,
+    pub(crate) running: Vec<crate::schedule::Running>,
+    pub(crate) agents: Vec<Agent>,
+    pub(crate) now: Micros,
+}
+
+/// The message to the agent, when somebody has just asked for the end.
+fn wish_to_send(before: &Build, after: &Build) -> Result<Option<Outgoing>, EnvelopeError> {
+    let (Some(wish), None, Some(lease)) = (&after.cancel, &before.cancel, &after.lease) else {
+        return Ok(None);
+    };
+    let cancel = Cancel { build: after.id, attempt: after.attempt, reason: wish.reason };
+    Outgoing::new(topology::COMMANDS, topology::cancels(&lease.agent), &cancel).map(Some)
+}

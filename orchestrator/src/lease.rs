@@ -1,0 +1,304 @@
+//! What agents ask: work, more time, the permission to publish (shell).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use kiln_protocol::id::{AgentId, BootId};
+use kiln_protocol::message::{
+    BuildGrant, ClaimAnswer, ClaimRequest, CommitAnswer, CommitRequest, HeadAnswer, HeadRequest, Lane,
+    PublishGrant, RenewAnswer, RenewRequest, Renewed, Standing, TagAnswer, TagCheck, TagSeen,
+};
+use kiln_protocol::message::{CommitRefusal, LeaseKey};
+use kiln_protocol::{Reason, Target};
+
+use crate::build::Build;
+use crate::core::{CoreError, Orchestrator};
+use crate::decide::{self, Claimant, SECOND};
+use crate::store::{AgentRow, Recorded, Tx};
+use crate::{policy, schedule};
+
+/// Committed builds and tags that one claim looks at.
+const PUBLISH_WINDOW: i64 = 64;
+/// Milliseconds of the right to work without a renewal.
+const TTL_MS: u64 = (decide::TTL / (SECOND / 1000)) as u64;
+
+impl Orchestrator {
+    /// Gives the best fitting work to an agent with room for it. The same claim id gets the same answer.
+    pub async fn claim(&self, request: &ClaimRequest) -> Result<ClaimAnswer, CoreError> {
+        let mut tx = self.store.write().await?;
+        self.greet(&mut tx, request).await?;
+        let answer = match tx.of_claim(request.claim).await? {
+            Some(found) => again(&found),
+            None => match request.lane {
+                Lane::Build => self.claim_build(&mut tx, request).await?,
+                Lane::Publish => self.claim_publish(&mut tx, request).await?,
+            },
+        };
+        tx.commit().await?;
+        Ok(answer)
+    }
+
+    async fn greet(&self, tx: &mut Tx, request: &ClaimRequest) -> Result<(), CoreError> {
+        let free = u32::from(request.lane == Lane::Build);
+        let row = AgentRow {
+            id: request.agent.clone(),
+            boot: request.boot,
+            pools: request.pools.clone(),
+            policies: request.policies.clone(),
+            slots: request.slots,
+            free,
+            seen_at: tx.now(),
+        };
+        self.see(tx, row, request.lane == Lane::Build).await
+    }
+
+    /// Notes an agent. A new run of it means that the leases of its earlier run are lost.
+    async fn see(&self, tx: &mut Tx, row: AgentRow, speaks_of_slots: bool) -> Result<(), CoreError> {
+        let known = tx.agent(&row.id).await?;
+        if known.as_ref().is_some_and(|known| known.boot != row.boot) {
+            self.release_older(tx, &row.id, row.boot).await?;
+        }
+        let free = known.filter(|_| !speaks_of_slots).map_or(row.free, |known| known.free);
+        Ok(tx.see_agent(&AgentRow { free, ..row }).await?)
+    }
+
+    async fn release_older(&self, tx: &mut Tx, agent: &AgentId, boot: BootId) -> Result<(), CoreError> {
+        for found in tx.leased_by(agent).await? {
+            let older = found.build.lease.as_ref().is_some_and(|lease| lease.boot != boot);
+            let (tries, now) = (self.tries(&found.spec), tx.now());
+            if let Some(after) = older.then(|| decide::release(&found.build, tries, now)).flatten() {
+                self.save(tx, &found, after).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn claim_build(&self, tx: &mut Tx, request: &ClaimRequest) -> Result<ClaimAnswer, CoreError> {
+        let mut situation = self.situation(tx).await?;
+        loop {
+            let (waiting, now) = (&situation.waiting, situation.now);
+            let (running, agents) = (&situation.running, &situation.agents);
+            let limits = self.settings.limits;
+            let Some(id) = schedule::pick(waiting, running, agents, limits, &request.agent, now) else {
+                return Ok(ClaimAnswer::Nothing);
+            };
+            if let Some(found) = tx.load(id).await?
+                && let Some(answer) = self.give(tx, &found, request).await?
+            {
+                return Ok(answer);
+            }
+            // It is not to be had after all: the next one.
+            situation.waiting.retain(|waiting| waiting.id != id);
+        }
+    }
+
+    async fn give(
+        &self,
+        tx: &mut Tx,
+        found: &Recorded,
+        request: &ClaimRequest,
+    ) -> Result<Option<ClaimAnswer>, CoreError> {
+        if self.end_superseded(tx, found).await? {
+            return Ok(None);
+        }
+        let repositories = found.spec.targets().map(Target::name).collect();
+        let policies = policy::required(&self.settings.policies, &repositories);
+        let claimant = self.claimant(request);
+        match decide::claim(&found.build, claimant, Lane::Build, policies, tx.now()) {
+            Ok(after) => {
+                let build = self.save(tx, found, after).await?;
+                Ok(Some(again(&Recorded { build, spec: found.spec.clone() })))
+            }
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// A build that could publish nothing need not be built.
+    async fn end_superseded(&self, tx: &mut Tx, found: &Recorded) -> Result<bool, CoreError> {
+        let heads = heads(tx, &found.spec.targets().cloned().collect()).await?;
+        let newer = |t: &Target| heads.get(t).is_some_and(|h| h.submit_seq > found.build.submit_seq);
+        let images = found.spec.targets().count();
+        if images == 0 || images < found.spec.destinations.len() || !found.spec.targets().all(newer) {
+            return Ok(false);
+        }
+        if let Ok(after) = decide::cancel(&found.build, Reason::Superseded, tx.now()) {
+            self.save(tx, found, after).await?;
+        }
+        Ok(true)
+    }
+
+    fn claimant(&self, request: &ClaimRequest) -> Claimant {
+        Claimant {
+            agent: request.agent.clone(),
+            boot: request.boot,
+            claim: request.claim,
+            token: self.fresh_token(),
+        }
+    }
+
+    async fn claim_publish(&self, tx: &mut Tx, request: &ClaimRequest) -> Result<ClaimAnswer, CoreError> {
+        for found in tx.to_publish(PUBLISH_WINDOW).await? {
+            if !request.pools.contains(&found.build.pool) {
+                continue;
+            }
+            let claimant = self.claimant(request);
+            let given = decide::claim(&found.build, claimant, Lane::Publish, Vec::new(), tx.now());
+            if let Ok(after) = given {
+                let build = self.save(tx, &found, after).await?;
+                return Ok(again(&Recorded { build, spec: found.spec }));
+            }
+        }
+        self.give_tag_check(tx, request).await
+    }
+
+    async fn give_tag_check(&self, tx: &mut Tx, request: &ClaimRequest) -> Result<ClaimAnswer, CoreError> {
+        for due in tx.due_rechecks(PUBLISH_WINDOW).await? {
+            let found = tx.load(due.build).await?;
+            let next = decide::next_recheck(due.rechecks, tx.now());
+            let Some(found) = found.filter(|found| request.pools.contains(&found.build.pool)) else {
+                continue;
+            };
+            tx.recheck_at(&due.target, next, due.rechecks.saturating_add(1)).await?;
+            let Some(commit) = found.build.commit else { continue };
+            let (committed, credentials) = (commit.image, found.spec.credentials);
+            let check = TagCheck { target: due.target, build: due.build, committed, credentials };
+            return Ok(ClaimAnswer::Check(Box::new(check)));
+        }
+        Ok(ClaimAnswer::Nothing)
+    }
+
+    /// Prolongs the leases of an agent.
+    pub async fn renew(&self, request: &RenewRequest) -> Result<RenewAnswer, CoreError> {
+        let mut tx = self.store.write().await?;
+        let row = AgentRow {
+            id: request.agent.clone(),
+            boot: request.boot,
+            pools: request.pools.clone(),
+            policies: request.policies.clone(),
+            slots: request.slots,
+            free: request.free,
+            seen_at: tx.now(),
+        };
+        self.see(&mut tx, row, true).await?;
+        let mut leases = Vec::with_capacity(request.leases.len());
+        for key in &request.leases {
+            leases.push(self.renew_one(&mut tx, key).await?);
+        }
+        tx.commit().await?;
+        Ok(RenewAnswer { leases })
+    }
+
+    async fn renew_one(&self, tx: &mut Tx, key: &LeaseKey) -> Result<Renewed, CoreError> {
+        let Some(found) = tx.load(key.build).await? else {
+            return Ok(Renewed { standing: Standing::Revoked, last_seq: u64::MAX });
+        };
+        let (after, renewed) = decide::renew(&found.build, key, tx.now());
+        if let Some(after) = after {
+            self.save(tx, &found, after).await?;
+        }
+        Ok(renewed)
+    }
+
+    /// Decides whether a digest may be published.
+    pub async fn commit(&self, request: &CommitRequest) -> Result<CommitAnswer, CoreError> {
+        let mut tx = self.store.write().await?;
+        let Some(found) = tx.load(request.lease.build).await? else {
+            return Ok(CommitAnswer::Refused { reason: CommitRefusal::Revoked });
+        };
+        let heads = heads(&mut tx, &found.spec.targets().cloned().collect()).await?;
+        let change = decide::commit(&found.build, &found.spec, request, &heads, tx.now());
+        if let Some(after) = change.build {
+            let build = self.save(&mut tx, &found, after).await?;
+            for target in &change.heads {
+                self.take_head(&mut tx, &build, target, heads.get(target)).await?;
+            }
+        }
+        tx.commit().await?;
+        Ok(change.answer)
+    }
+
+    /// Makes a build the head of a target. An earlier writer that has not answered may still move the tag.
+    async fn take_head(
+        &self,
+        tx: &mut Tx,
+        build: &Build,
+        target: &Target,
+        before: Option<&crate::build::Head>,
+    ) -> Result<(), CoreError> {
+        let Some(commit) = &build.commit else { return Ok(()) };
+        tx.take_head(target, build.submit_seq, build.id, &commit.image.digest).await?;
+        let Some(before) = before else { return Ok(()) };
+        let earlier = tx.load(before.build).await?;
+        if earlier.is_some_and(|earlier| earlier.build.open_targets(&earlier.spec).contains(target)) {
+            let first = tx.now().saturating_add(decide::recheck_delay(0));
+            tx.recheck_at(target, Some(first), 0).await?;
+        }
+        Ok(())
+    }
+
+    /// Says whether a build may move a tag now.
+    pub async fn head(&self, request: &HeadRequest) -> Result<HeadAnswer, CoreError> {
+        let mut tx = self.store.read().await?;
+        let Some(found) = tx.load(request.lease.build).await? else { return Ok(HeadAnswer::Revoked) };
+        let head = tx.head(&request.target).await?;
+        Ok(decide::is_head(&found.build, request, head.as_ref()))
+    }
+
+    /// Says what to do about what a tag shows.
+    pub async fn tag_seen(&self, seen: &TagSeen) -> Result<TagAnswer, CoreError> {
+        let mut tx = self.store.write().await?;
+        let head = tx.head(&seen.target).await?.filter(|head| head.build == seen.build);
+        let Some(found) = tx.load(seen.build).await?.filter(|_| head.is_some()) else {
+            return Ok(TagAnswer::Leave);
+        };
+        let right = found.build.commit.as_ref().map(|commit| &commit.image.digest);
+        let answer = match &seen.found {
+            found if found.as_ref() == right => TagAnswer::Leave,
+            Some(digest) if tx.is_ours(&seen.target, digest).await? => TagAnswer::Repair,
+            // A tag that was deleted is somebody's wish too.
+            _ => TagAnswer::Drift,
+        };
+        if answer == TagAnswer::Drift {
+            let found = seen.found.as_ref().map_or("nothing", |digest| digest.as_str());
+            tracing::warn!(target = %seen.target, found, "a tag shows what Kiln did not put there");
+            tx.audit(seen.agent.as_str(), "tag_drift", Some(seen.build), found).await?;
+            tx.commit().await?;
+        }
+        Ok(answer)
+    }
+}
+
+async fn heads(
+    tx: &mut Tx,
+    targets: &BTreeSet<Target>,
+) -> Result<BTreeMap<Target, crate::build::Head>, CoreError> {
+    let mut heads = BTreeMap::new();
+    for target in targets {
+        if let Some(head) = tx.head(target).await? {
+            heads.insert(target.clone(), head);
+        }
+    }
+    Ok(heads)
+}
+
+/// The grant that belongs to the present lease.
+fn again(found: &Recorded) -> ClaimAnswer {
+    let (build, spec) = (&found.build, &found.spec);
+    let (Some(lease), Some(key)) = (&build.lease, build.lease_key()) else { return ClaimAnswer::Nothing };
+    match (lease.lane, &build.commit) {
+        (Lane::Build, _) => ClaimAnswer::Build(Box::new(BuildGrant {
+            lease: key,
+            ttl_ms: TTL_MS,
+            submit_seq: build.submit_seq,
+            spec: spec.clone(),
+            policies: build.policies.clone(),
+        })),
+        (Lane::Publish, Some(commit)) => ClaimAnswer::Publish(Box::new(PublishGrant {
+            lease: key,
+            ttl_ms: TTL_MS,
+            committed: commit.image.clone(),
+            open: build.open_targets(spec),
+            credentials: spec.credentials.clone(),
+        })),
+        (Lane::Publish, None) => ClaimAnswer::Nothing,
+    }
+}

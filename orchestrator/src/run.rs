@@ -1,0 +1,90 @@
+//! The loops of an orchestrator (shell).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_protocol::id::Pool;
+use kiln_protocol::topology as names;
+use kiln_transport::{Bus, BusError};
+use tokio::task::JoinSet;
+
+use crate::amnesty::Amnesty;
+use crate::core::Orchestrator;
+use crate::error::chain;
+use crate::{outbox, sweep, topology};
+
+/// Pause before something that broke is begun anew.
+const AGAIN_AFTER: Duration = Duration::from_millis(200);
+
+/// Declares the topology and starts every loop in the set. Each goes on until the set is aborted or dropped: the
+/// record is whole between any two statements.
+pub async fn start(
+    orchestrator: &Arc<Orchestrator>,
+    bus: &Bus,
+    pools: &[Pool],
+    loops: &mut JoinSet<()>,
+) -> Result<(), BusError> {
+    bus.declare(&topology::shared(pools)).await?;
+    let on = |loops: &mut JoinSet<()>, work: Work| {
+        loops.spawn(keep_on(Arc::clone(orchestrator), bus.clone(), work));
+    };
+    for work in [Work::Questions, Work::Reports, Work::DeadCommands, Work::DeadReports] {
+        on(loops, work);
+    }
+    loops.spawn(relay(Arc::clone(orchestrator), bus.clone()));
+    loops.spawn(sweep(Arc::clone(orchestrator)));
+    Ok(())
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Work {
+    Questions,
+    Reports,
+    DeadCommands,
+    DeadReports,
+}
+
+async fn keep_on(orchestrator: Arc<Orchestrator>, bus: Bus, work: Work) {
+    loop {
+        let ended = match work {
+            Work::Questions => orchestrator.consume_questions(&bus).await,
+            Work::Reports => orchestrator.consume_reports(&bus).await,
+            Work::DeadCommands => orchestrator.consume_dead(&bus, names::DEAD_COMMANDS).await,
+            Work::DeadReports => orchestrator.consume_dead(&bus, names::DEAD_REPORTS).await,
+        };
+        tracing::debug!(?work, error = ?ended.err(), "a subscription ended; it is begun anew");
+        tokio::time::sleep(AGAIN_AFTER).await;
+    }
+}
+
+async fn relay(orchestrator: Arc<Orchestrator>, bus: Bus) {
+    loop {
+        // Before looking, so that what happens while we look wakes us.
+        let woken = orchestrator.wake.notified();
+        let sent = log_error("relay messages", orchestrator.relay(&bus).await).unwrap_or(0);
+        let hinted = log_error("hint at builds", orchestrator.hint(&bus).await).unwrap_or(0);
+        if sent + hinted == 0 {
+            let _ = tokio::time::timeout(outbox::LOOK_EVERY, woken).await;
+        }
+    }
+}
+
+async fn sweep(orchestrator: Arc<Orchestrator>) {
+    let mut amnesty = Amnesty::default();
+    loop {
+        if log_error("sweep", orchestrator.sweep(&mut amnesty).await).is_none() {
+            amnesty.interrupted();
+        }
+        tokio::time::sleep(sweep::EVERY).await;
+    }
+}
+
+fn log_error<T>(what: &str, result: Result<T, crate::core::CoreError>) -> Option<T> {
+    match result {
+        Ok(value) => Some(value),
+        Err(error) => {
+            tracing::warn!(error = chain(&error), "cannot {what} now");
+            None
+        }
+    }
+}
