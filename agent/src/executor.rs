@@ -214,31 +214,27 @@ impl Run {
         Finished { result, image, root_filesystem, blobs: self.blobs, last_lines, _job: self.job }
     }
 
-    /// A stop decides the reason, whatever the interrupted step said.
+    /// What the user reads. Every failure quotes the Dockerfile, so every one is redacted.
     fn explain(&self, failure: Failure, log: &log::Ended) -> Failure {
         let location = failure.location.clone().or_else(|| self.announced(log));
-        let Some(stop) = self.stop.current() else {
-            let failure = if failure.limit.is_none() { failure } else { Failure { location, ..failure } };
-            return log.redact(log.hint(failure));
-        };
-        let message = match stop.reason {
+        log.redact(match self.stop.current() {
+            Some(stop) => self.stopped(stop.reason, Failure { location, ..failure }),
+            None if failure.limit.is_none() => log.hint(failure),
+            None => log.hint(Failure { location, ..failure }),
+        })
+    }
+
+    /// A stop decides the reason, whatever the interrupted step said.
+    fn stopped(&self, stop: StopReason, failure: Failure) -> Failure {
+        let message = match stop {
             StopReason::Timeout => {
                 format!("it took longer than {}", show_duration(self.request.timeout))
             }
             StopReason::ClientGone => "the client that waited for it is gone".to_owned(),
             StopReason::Cancelled => "somebody asked for it to stop".to_owned(),
         };
-        let hint =
-            (stop.reason == StopReason::Timeout).then(|| "raise --timeout or build.timeout".to_owned());
-        Failure {
-            reason: stop.reason.reason(),
-            phase: failure.phase,
-            message,
-            location,
-            hint,
-            limit: None,
-            run_exit_code: None,
-        }
+        let hint = (stop == StopReason::Timeout).then(|| "raise --timeout or build.timeout".to_owned());
+        Failure { reason: stop.reason(), message, hint, limit: None, run_exit_code: None, ..failure }
     }
 
     /// The line of the instruction that was announced last.
