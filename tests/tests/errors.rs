@@ -383,6 +383,17 @@ fn timeout() {
 }
 
 #[test]
+fn a_timeout_shows_no_secret_of_the_line_that_it_names() {
+    let secret = "canary-token-1";
+    let lab = lab(&format!("FROM busybox:1\nRUN : {secret}; sleep 50\n"));
+    let file = lab.path("secret");
+    std::fs::write(&file, secret).unwrap();
+    let outcome = lab.fails(&["--timeout=3s", &format!("--secret=id=key,src={}", file.display())], 124);
+    let outcome = outcome.expect_text(&["timeout", "Dockerfile:2"]);
+    assert!(!outcome.output().contains(secret), "{}", outcome.output());
+}
+
+#[test]
 fn network_none_is_no_network() {
     let lab = lab("FROM busybox:1\nRUN ip -o addr > /addr; ! nc -w 2 192.0.2.1 80 </dev/null\n");
     lab.image(&["--network=none"]);
