@@ -74,7 +74,7 @@ const RULES: &[Rule] = &[
     },
     Rule { pattern: r"(?:^|: )(?:image|layer) not known$", reason: Reason::StoreCorrupt, hint: STORE_HINT },
     Rule {
-        pattern: r#"creating (?:read-write layer with ID|overlay mount to) .*: no such file or directory$|\* creating file-getter: "#,
+        pattern: r"creating (?:read-write layer with ID|overlay mount to) .*: no such file or directory$|\* creating file-getter: ",
         reason: Reason::StoreCorrupt,
         hint: STORE_HINT,
     },
@@ -660,7 +660,9 @@ mod tests {
     fn a_run_that_prints_any_of_these_texts_is_a_failed_run() {
         for (text, ..) in WORDINGS {
             for quoted in [(*text).to_owned(), format!("printf '{text}'"), format!("cat <<EOF\n{text}EOF")] {
-                let stderr = format!("Error: building at STEP \"RUN {quoted}; exit 7\": exit status 7\n");
+                let stderr = format!(
+                    "level=warning\nError: building at STEP \"RUN {quoted}; exit 7\": exit status 7\n"
+                );
                 let verdict = classify(&end(&stderr));
                 assert_eq!(
                     (verdict.reason, verdict.run_exit_code),
