@@ -7,7 +7,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use oci_spec::distribution::Reference;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// The name that references carry for Docker Hub.
 pub(crate) const DOCKER_HUB: &str = "docker.io";
@@ -17,7 +17,7 @@ const DOCKER_HUB_SERVER: &str = "registry-1.docker.io";
 const WILDCARD: &str = "*.";
 
 /// One `[[registry]]` section.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RegistrySection {
     /// `host[:port][/path]` that references start with, or `*.domain`.
@@ -27,7 +27,7 @@ pub struct RegistrySection {
     /// Plain HTTP and unverified TLS are accepted.
     #[serde(default)]
     pub insecure: bool,
-    /// Nothing may be pulled from here.
+    /// Nothing may be pulled from here or pushed to it.
     #[serde(default)]
     pub blocked: bool,
     /// PEM file with certificates that are trusted besides the system's.
@@ -38,7 +38,7 @@ pub struct RegistrySection {
 }
 
 /// One `[[registry.mirror]]` section.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MirrorSection {
     /// What replaces the prefix.
@@ -50,8 +50,8 @@ pub struct MirrorSection {
     pub ca: Option<PathBuf>,
 }
 
-/// The `[build.proxy]` section, as far as pulling is concerned.
-#[derive(Clone, Default, PartialEq, Eq, Deserialize)]
+/// The `[build.proxy]` section, as far as registries are concerned.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProxyConfig {
     /// URL of the proxy for `http:` addresses.
@@ -172,6 +172,15 @@ impl RegistryConfig {
         let mirrors = section.mirror.iter().map(|m| (m.location.as_str(), m.insecure, m.ca.as_ref()));
         let places = mirrors.chain([(own, section.insecure, section.ca.as_ref())]);
         places.map(|(location, insecure, ca)| rewrite(section, location, &name, insecure, ca)).collect()
+    }
+
+    /// Where to push to: the location. A mirror is a copy, whatever is pushed there is lost for others.
+    pub fn location(&self, reference: &Reference) -> Result<Endpoint, RegistryConfigError> {
+        let mut endpoints = self.endpoints(reference)?;
+        endpoints.pop().ok_or_else(|| RegistryConfigError::NoRepository {
+            location: reference.registry().to_owned(),
+            name: name(reference),
+        })
     }
 
     fn section(&self, name: &str) -> Option<&RegistrySection> {
@@ -313,6 +322,8 @@ mod tests {
     fn options_belong_to_the_place_that_has_them() {
         let config = config(EXAMPLE).unwrap();
         let endpoints = config.endpoints(&"alpine".parse().unwrap()).unwrap();
+        assert_eq!(config.location(&"alpine".parse().unwrap()).unwrap(), endpoints[2]);
+        assert!(config.location(&"secret/x".parse().unwrap()).is_err());
         let insecure: Vec<_> = endpoints.iter().map(|e| e.insecure).collect();
         assert_eq!(insecure, [true, false, false]);
         assert_eq!(endpoints[0].ca, None);

@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use super::config::DOCKER_HUB;
 
 /// Names under which tools have stored Docker Hub credentials over the years.
 const DOCKER_HUB_ALIASES: [&str; 2] = ["index.docker.io", "registry-1.docker.io"];
 
-/// What proves who pulls.
-#[derive(Clone, PartialEq, Eq)]
+/// What proves who pulls or pushes. Serialised only into the pipe of a publish process.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Credential {
     /// Sent to the registry, or to the token service that the registry names.
     Password {
@@ -31,8 +33,19 @@ impl fmt::Debug for Credential {
     }
 }
 
+impl Credential {
+    /// What must not be seen.
+    pub(crate) fn secret(&self) -> &str {
+        match self {
+            Self::Password { password, .. } => password,
+            Self::IdentityToken(token) => token,
+        }
+    }
+}
+
 /// Credentials by `host[:port][/path]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Credentials {
     by_key: BTreeMap<String, Credential>,
 }
@@ -46,13 +59,24 @@ impl Credentials {
 
     /// The credential with the longest name that `host[:port]/repository` starts with.
     pub fn lookup(&self, name: &str) -> Option<&Credential> {
+        self.find(name).map(|(_, credential)| credential)
+    }
+
+    fn find<'a>(&self, name: &'a str) -> Option<(&'a str, &Credential)> {
         let mut prefix = name;
         loop {
             if let Some(credential) = self.by_key.get(prefix) {
-                return Some(credential);
+                return Some((prefix, credential));
             }
             prefix = prefix.rsplit_once('/')?.0;
         }
+    }
+
+    /// Those that [`Credentials::lookup`] finds for one of the names, and no others.
+    #[must_use]
+    pub fn only_for<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Self {
+        let found = names.into_iter().filter_map(|name| self.find(name));
+        Self { by_key: found.map(|(key, credential)| (key.to_owned(), credential.clone())).collect() }
     }
 
     /// Whether nothing was added.
@@ -62,10 +86,7 @@ impl Credentials {
 
     /// The secret values, for the redaction of logs.
     pub fn secrets(&self) -> impl Iterator<Item = &str> {
-        self.by_key.values().map(|credential| match credential {
-            Credential::Password { password, .. } => password.as_str(),
-            Credential::IdentityToken(token) => token.as_str(),
-        })
+        self.by_key.values().map(Credential::secret)
     }
 }
 
@@ -121,6 +142,8 @@ mod tests {
         ] {
             assert_eq!(credentials.lookup(name), Some(&password(expected)), "{name}");
         }
+        assert_eq!(credentials.only_for(["reg.corp/x", "other/x"]).by_key.len(), 1);
+        assert_eq!(credentials.only_for(["reg.corp/x"]).lookup("reg.corp/team/app"), Some(&password("host")));
         assert_eq!(credentials.lookup("reg.corp:5000/x"), None);
         assert_eq!(credentials.lookup("evil-reg.corp/x"), None);
     }

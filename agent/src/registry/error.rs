@@ -1,4 +1,4 @@
-//! What can go wrong with a pull, its class and what to do about it (pure).
+//! What can go wrong between us and a registry, its class and what to do about it (pure).
 //!
 //! Nothing here holds a credential, a token or the query of an address.
 
@@ -11,6 +11,7 @@ use kiln_protocol::{Digest, Reason};
 
 use super::config::{DOCKER_HUB, RegistryConfigError};
 use super::manifest::ManifestError;
+use super::said::Said;
 use crate::blobs::BlobError;
 
 /// A pull that failed at every endpoint; the last one's cause is the source.
@@ -65,44 +66,44 @@ pub enum Cause {
     #[error("the certificates or the proxy of the configuration cannot be used")]
     Client(#[source] reqwest::Error),
     /// The registry, or the token service that it names, refuses the credential or wants one.
-    #[error("{by} answered {status}{}", code_suffix(.code.as_ref()))]
+    #[error("{by} answered {status}{said}")]
     Unauthorized {
         /// Host that answered.
         by: String,
         /// HTTP status.
         status: u16,
-        /// Error code of the registry.
-        code: Option<String>,
+        /// What the registry says about it.
+        said: Said,
         /// Whether a credential was sent.
         credential: bool,
     },
     /// There is no such repository, tag, manifest or blob.
-    #[error("it is not there{}", code_suffix(.code.as_ref()))]
+    #[error("it is not there{said}")]
     NotFound {
-        /// Error code of the registry.
-        code: Option<String>,
+        /// What the registry says about it.
+        said: Said,
     },
     /// The registry is overloaded, broken or limits the rate.
-    #[error("{by} answered {status}{}", code_suffix(.code.as_ref()))]
+    #[error("{by} answered {status}{said}")]
     Unavailable {
         /// Host that answered.
         by: String,
         /// HTTP status.
         status: u16,
-        /// Error code of the registry.
-        code: Option<String>,
+        /// What the registry says about it.
+        said: Said,
         /// How long the registry asks to wait.
         retry_after: Option<Duration>,
     },
     /// Another answer than a registry gives.
-    #[error("{by} answered {status}{}", code_suffix(.code.as_ref()))]
+    #[error("{by} answered {status}{said}")]
     Refused {
         /// Host that answered.
         by: String,
         /// HTTP status.
         status: u16,
-        /// Error code of the registry.
-        code: Option<String>,
+        /// What the registry says about it.
+        said: Said,
     },
     /// No connection.
     #[error("no connection")]
@@ -135,6 +136,9 @@ pub enum Cause {
         /// What is wrong.
         why: &'static str,
     },
+    /// A value that no request can carry.
+    #[error("a media type has characters that no header can hold")]
+    Header,
     /// More bytes than allowed.
     #[error("{what} is larger than {limit} bytes")]
     TooLarge {
@@ -168,10 +172,6 @@ pub enum Cause {
     /// A thread that wrote a blob died.
     #[error("the writer of a blob died")]
     Interrupted,
-}
-
-fn code_suffix(code: Option<&String>) -> String {
-    code.map(|code| format!(" ({code})")).unwrap_or_default()
 }
 
 impl From<BlobError> for Cause {
@@ -225,6 +225,7 @@ impl Cause {
             | Self::Refused { .. }
             | Self::Challenge { .. }
             | Self::Redirect(_)
+            | Self::Header
             | Self::TooLarge { .. } => Reason::BadRequest,
         }
     }
@@ -327,7 +328,7 @@ mod tests {
     }
 
     fn unauthorized(credential: bool) -> Cause {
-        Cause::Unauthorized { by: "h".into(), status: 401, code: None, credential }
+        Cause::Unauthorized { by: "h".into(), status: 401, said: Said::default(), credential }
     }
 
     #[test]
@@ -350,7 +351,8 @@ mod tests {
 
     #[test]
     fn mirrors_that_were_asked_before_are_named() {
-        let mut error = error("up", Cause::NotFound { code: Some("NAME_UNKNOWN".into()) });
+        let mut error =
+            error("up", Cause::NotFound { said: Said { code: Some("NAME_UNKNOWN".into()), message: None } });
         error.earlier.push(EndpointFailure { host: "m1".into(), cause: Cause::Redirect("too often") });
         let text = crate::error::chain(&error);
         let expected = "cannot pull x from up (before that, mirror m1: redirected too often): \

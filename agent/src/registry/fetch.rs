@@ -11,6 +11,7 @@ use super::manifest::Descriptor;
 use super::remote::Remote;
 use super::resolve::ResolvedImage;
 use super::retry::Backoff;
+use super::said::Said;
 use super::{Registry, Search};
 use crate::blobs::{BlobError, BlobStore, BlobWriter, digest_of};
 
@@ -91,7 +92,7 @@ impl Order<'_> {
             }
         }
         let host = self.image.reference.registry().to_owned();
-        Err(search.error(host, Cause::NotFound { code: None }))
+        Err(search.error(host, Cause::NotFound { said: Said::default() }))
     }
 
     async fn blob_from(&self, endpoint: &Endpoint, blob: &Descriptor, patient: bool) -> Result<(), Cause> {

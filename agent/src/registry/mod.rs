@@ -1,8 +1,7 @@
 //! Everything that speaks to registries (edge).
 //!
 //! `Registry` belongs to one build: it holds that build's credentials, and the tokens that it gets for them
-//! end with it. `resolve` asks what a reference means now, `fetch` brings the bytes. Pushing will be a third
-//! file beside those two.
+//! end with it. `resolve` asks what a reference means now, `fetch` brings the bytes, `push` takes them there.
 
 mod challenge;
 mod clients;
@@ -12,9 +11,11 @@ mod error;
 mod fetch;
 mod manifest;
 mod platform;
+pub mod push;
 mod remote;
 mod resolve;
 mod retry;
+mod said;
 mod token;
 
 #[cfg(test)]
@@ -39,6 +40,7 @@ pub use oci_spec::distribution::Reference;
 pub use platform::{InvalidPlatform, Platform};
 pub use resolve::ResolvedImage;
 pub use retry::Limits;
+pub use said::Said;
 
 use clients::Clients;
 use remote::Remote;
@@ -79,7 +81,8 @@ impl Registry {
         let mut remotes = self.remotes.lock().unwrap_or_else(PoisonError::into_inner);
         let remote = remotes.entry(endpoint.clone()).or_insert_with(|| {
             let credential = self.credentials.lookup(&endpoint.credential_key()).cloned();
-            Arc::new(Remote::new(client, endpoint.clone(), credential, self.limits.clone()))
+            let scopes = vec![format!("repository:{}:pull", endpoint.repository)];
+            Arc::new(Remote::new(client, endpoint.clone(), credential, scopes, self.limits.clone()))
         });
         Ok(Arc::clone(remote))
     }

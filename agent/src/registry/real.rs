@@ -12,15 +12,15 @@ use super::*;
 use crate::blobs::{BlobStore, digest_of};
 
 const DEADLINE: Duration = Duration::from_secs(30);
-const PASSWORD: &str = "hunter2-canary";
+pub(super) const PASSWORD: &str = "hunter2-canary";
 /// bcrypt of that password at the lowest cost.
 const HTPASSWD: &str = "user:$2b$04$abcdefghijklmnopqrstuueDgTPARBGtTsYrBJNzof.Gi/.G0Y41q\n";
 
 /// A running registry with its files. It ends when it is dropped.
-struct DockerRegistry {
+pub(super) struct DockerRegistry {
     child: Child,
-    port: u16,
-    root: tempfile::TempDir,
+    pub(super) port: u16,
+    pub(super) root: tempfile::TempDir,
 }
 
 impl Drop for DockerRegistry {
@@ -31,7 +31,23 @@ impl Drop for DockerRegistry {
 }
 
 impl DockerRegistry {
-    fn start() -> Self {
+    /// With TLS and a password.
+    pub(super) fn start() -> Self {
+        Self::start_with(configuration)
+    }
+
+    /// Plain HTTP for everybody, to have something in between.
+    pub(super) fn start_plain() -> Self {
+        Self::start_with(|root, port| {
+            let root = root.display();
+            format!(
+                "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {root}/data}}}}\n\
+                 http: {{addr: 127.0.0.1:{port}}}\n"
+            )
+        })
+    }
+
+    fn start_with(configuration: impl Fn(&Path, u16) -> String) -> Self {
         let root = tempfile::tempdir().unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         make_certificate(root.path());
@@ -52,7 +68,7 @@ impl DockerRegistry {
         }
     }
 
-    fn ca(&self) -> PathBuf {
+    pub(super) fn ca(&self) -> PathBuf {
         self.root.path().join("cert.pem")
     }
 
@@ -71,7 +87,7 @@ impl DockerRegistry {
             .arg(format!("docker://{}", self.name())));
     }
 
-    fn registry(&self, section: RegistrySection, password: &str) -> Registry {
+    pub(super) fn registry(&self, section: RegistrySection, password: &str) -> Registry {
         let host = format!("127.0.0.1:{}", self.port);
         let section = RegistrySection { prefix: host.clone(), ..section };
         let mut credentials = Credentials::default();

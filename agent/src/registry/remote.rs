@@ -4,24 +4,60 @@
 //! to no other origin, whatever it redirects to.
 
 use std::future::Future;
+use std::sync::OnceLock;
 
-use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
-use reqwest::{Client, Method, Response, StatusCode, Url};
-use serde::Deserialize;
+use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER};
+use reqwest::{Client, Method, RequestBuilder, Response, StatusCode, Url};
 use tokio::sync::{Mutex, OnceCell};
 
 use super::config::Endpoint;
 use super::credentials::Credential;
 use super::error::Cause;
+use super::push::BlobSource;
 use super::retry::{Limits, retry_after};
+use super::said::Said;
 use super::token;
 
 /// Registries redirect blobs once, sometimes twice.
 const MAX_REDIRECTS: usize = 5;
 /// Bytes of an error body that are looked at for its code.
 const ERROR_LIMIT: u64 = 16 * 1024;
-/// Registries' own codes are about half as long.
-const CODE_CHARACTERS: usize = 40;
+
+/// A request that can be sent more than once.
+#[derive(Debug)]
+pub(super) struct Call {
+    method: Method,
+    url: Url,
+    headers: HeaderMap,
+    body: Payload,
+}
+
+/// What a request carries.
+#[derive(Debug)]
+pub(super) enum Payload {
+    /// Nothing.
+    None,
+    /// A document.
+    Bytes(Vec<u8>),
+    /// A blob of the store.
+    Blob(BlobSource),
+}
+
+impl Call {
+    pub(super) fn new(method: Method, url: Url) -> Self {
+        Self { method, url, headers: HeaderMap::new(), body: Payload::None }
+    }
+
+    pub(super) fn header(mut self, name: HeaderName, value: &str) -> Result<Self, Cause> {
+        let value = HeaderValue::from_str(value).map_err(|_| Cause::Header)?;
+        self.headers.insert(name, value);
+        Ok(self)
+    }
+
+    pub(super) fn body(self, body: Payload) -> Self {
+        Self { body, ..self }
+    }
+}
 
 /// A repository and what is needed to ask for it.
 #[derive(Debug)]
@@ -29,7 +65,10 @@ pub(crate) struct Remote {
     pub(super) client: Client,
     pub(super) endpoint: Endpoint,
     pub(super) credential: Option<Credential>,
+    /// What tokens are asked for.
+    pub(super) scopes: Vec<String>,
     pub(super) limits: Limits,
+    service: OnceLock<String>,
     /// `https://host/v2/repository`, once it is known whether the endpoint speaks TLS.
     base: OnceCell<Url>,
     /// What the endpoint accepted last. Held while it is renewed, so that parallel requests renew it once.
@@ -41,26 +80,70 @@ impl Remote {
         client: Client,
         endpoint: Endpoint,
         credential: Option<Credential>,
+        scopes: Vec<String>,
         limits: Limits,
     ) -> Self {
-        Self { client, endpoint, credential, limits, base: OnceCell::new(), authorization: Mutex::default() }
+        Self {
+            client,
+            endpoint,
+            credential,
+            scopes,
+            limits,
+            service: OnceLock::new(),
+            base: OnceCell::new(),
+            authorization: Mutex::default(),
+        }
     }
 
     /// Sends a request for `manifests/…` or `blobs/…` and returns the answer if it is a success.
     pub(crate) async fn send(&self, method: Method, path: &str, accept: &str) -> Result<Response, Cause> {
+        let call = Call::new(method, self.url(path).await?).header(ACCEPT, accept)?;
+        self.expect(&call, &[StatusCode::OK]).await
+    }
+
+    /// Sends a request and returns the answer if its status is one of those.
+    pub(super) async fn expect(&self, call: &Call, accepted: &[StatusCode]) -> Result<Response, Cause> {
+        let response = self.call(call).await?;
+        if accepted.contains(&response.status()) { Ok(response) } else { Err(self.failure(response).await) }
+    }
+
+    /// The address of `manifests/…` or `blobs/…` in this repository.
+    pub(super) async fn url(&self, path: &str) -> Result<Url, Cause> {
         let base = self.base().await?;
         let mut url = base.clone();
         url.set_path(&format!("{}/{path}", base.path()));
+        Ok(url)
+    }
+
+    /// Sends a request, a second time if the endpoint wants other authentication.
+    pub(super) async fn call(&self, call: &Call) -> Result<Response, Cause> {
         let sent = self.authorization.lock().await.clone();
-        let mut response = self.follow(&method, &url, accept, sent.as_ref()).await?;
-        let home = response.url().origin() == base.origin();
-        if home
-            && response.status() == StatusCode::UNAUTHORIZED
+        let response = self.follow(call, sent.as_ref()).await?;
+        if response.status() == StatusCode::UNAUTHORIZED
+            && self.is_home(response.url())
             && let Some(renewed) = self.renew(sent.as_ref(), response.headers()).await?
         {
-            response = self.follow(&method, &url, accept, Some(&renewed)).await?;
+            return self.follow(call, Some(&renewed)).await;
         }
-        if response.status() == StatusCode::OK { Ok(response) } else { Err(self.failure(response).await) }
+        Ok(response)
+    }
+
+    /// Whether an address belongs to the endpoint itself, which alone gets its credential.
+    pub(super) fn is_home(&self, url: &Url) -> bool {
+        self.base.get().is_some_and(|base| base.origin() == url.origin())
+    }
+
+    /// Remembers what the token service is for.
+    pub(super) fn note_service(&self, service: Option<&str>) {
+        if let Some(service) = service {
+            // The first one stays; it does not change within one push.
+            let _ = self.service.set(service.to_owned());
+        }
+    }
+
+    /// The service that tokens were asked for.
+    pub(super) fn service(&self) -> Option<&str> {
+        self.service.get().map(String::as_str)
     }
 
     /// The next piece of a body, within the idle timeout.
@@ -107,26 +190,32 @@ impl Remote {
         url(if plain { "http" } else { "https" }, &self.endpoint.repository)
     }
 
-    async fn follow(
-        &self,
-        method: &Method,
-        url: &Url,
-        accept: &str,
-        authorization: Option<&HeaderValue>,
-    ) -> Result<Response, Cause> {
-        let mut next = url.clone();
+    async fn follow(&self, call: &Call, authorization: Option<&HeaderValue>) -> Result<Response, Cause> {
+        let mut next = call.url.clone();
         for _ in 0..=MAX_REDIRECTS {
-            let mut request = self.client.request(method.clone(), next.clone()).header(ACCEPT, accept);
-            if let Some(authorization) = authorization.filter(|_| next.origin() == url.origin()) {
+            let mut request = self.client.request(call.method.clone(), next.clone());
+            request = request.headers(call.headers.clone());
+            if let Some(authorization) = authorization.filter(|_| self.is_home(&next)) {
                 request = request.header(AUTHORIZATION, authorization);
             }
-            let response = self.timed("waiting for an answer", request.send()).await?;
+            let response = self.submit(request, &call.body).await?;
             match redirect(&response, self.endpoint.insecure)? {
                 Some(target) => next = target,
                 None => return Ok(response),
             }
         }
         Err(Cause::Redirect("too often"))
+    }
+
+    async fn submit(&self, request: RequestBuilder, payload: &Payload) -> Result<Response, Cause> {
+        match payload {
+            Payload::None => self.timed("waiting for an answer", request.send()).await,
+            Payload::Bytes(bytes) => {
+                let sending = request.body(bytes.clone()).send();
+                self.timed("waiting for an answer", sending).await
+            }
+            Payload::Blob(source) => source.send(request, &self.limits).await,
+        }
     }
 
     /// Answers the endpoint's challenge; `None` if there is nothing better than what was sent.
@@ -162,17 +251,25 @@ impl Remote {
         let status = response.status().as_u16();
         let asked = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
         let retry_after = asked.and_then(retry_after);
-        let home = self.base.get().is_some_and(|base| base.origin() == response.url().origin());
-        let body = self.body(&mut response, ERROR_LIMIT, "the answer").await;
-        let code = body.ok().and_then(|body| error_code(&body));
+        let home = self.is_home(response.url());
+        let said = self.said(&mut response).await;
         match status {
-            408 | 429 | 500.. => Cause::Unavailable { by, status, code, retry_after },
+            408 | 425 | 429 | 500.. => Cause::Unavailable { by, status, said, retry_after },
             // The registry granted access and sent us there: a link that expired or a cache that is behind.
-            400.. if !home => Cause::Unavailable { by, status, code, retry_after },
-            401 | 403 => Cause::Unauthorized { by, status, code, credential: self.credential.is_some() },
-            404 => Cause::NotFound { code },
-            _ => Cause::Refused { by, status, code },
+            400.. if !home => Cause::Unavailable { by, status, said, retry_after },
+            401 | 403 => Cause::Unauthorized { by, status, said, credential: self.credential.is_some() },
+            404 => Cause::NotFound { said },
+            _ => Cause::Refused { by, status, said },
         }
+    }
+
+    async fn said(&self, response: &mut Response) -> Said {
+        let body = self.body(response, ERROR_LIMIT, "the answer").await.unwrap_or_default();
+        let current = self.authorization.lock().await.clone();
+        let current = current.as_ref().and_then(|header| header.to_str().ok());
+        let token = current.and_then(|header| header.split_once(' ')).map(|(_, token)| token);
+        let own = self.credential.as_ref().map(Credential::secret);
+        Said::read(&body, own.into_iter().chain(token))
     }
 }
 
@@ -187,6 +284,11 @@ fn redirect(response: &Response, insecure: bool) -> Result<Option<Url>, Cause> {
     if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
         return Ok(None);
     }
+    location(response, insecure).map(Some)
+}
+
+/// The address in the `Location` header, if one may go there.
+pub(super) fn location(response: &Response, insecure: bool) -> Result<Url, Cause> {
     let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
     let target = location.and_then(|location| response.url().join(location).ok());
     let mut target = target.ok_or(Cause::Redirect("to nowhere"))?;
@@ -197,30 +299,12 @@ fn redirect(response: &Response, insecure: bool) -> Result<Option<Url>, Cause> {
     if target.set_username("").is_err() || target.set_password(None).is_err() {
         return Err(Cause::Redirect("to nowhere"));
     }
-    Ok(Some(target))
+    Ok(target)
 }
 
 /// Whether one may go on from one scheme to another: never from TLS to plain text, unless that is accepted.
 pub(super) fn allowed(from: &str, to: &str, insecure: bool) -> bool {
     to == "https" || (to == "http" && (from == "http" || insecure))
-}
-
-#[derive(Deserialize)]
-struct ErrorBody {
-    errors: Vec<ErrorEntry>,
-}
-
-#[derive(Deserialize)]
-struct ErrorEntry {
-    code: String,
-}
-
-/// The code of an error body. Its message is left out: it is free text of a stranger.
-fn error_code(body: &[u8]) -> Option<String> {
-    let body: ErrorBody = serde_json::from_slice(body).ok()?;
-    let code = body.errors.into_iter().next()?.code;
-    let plain = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
-    (!code.is_empty() && code.len() <= CODE_CHARACTERS && code.chars().all(plain)).then_some(code)
 }
 
 #[cfg(test)]
@@ -235,22 +319,5 @@ mod tests {
         assert!(allowed("https", "http", true));
         assert!(!allowed("https", "http", false));
         assert!(!allowed("http", "file", true));
-    }
-
-    #[test]
-    fn only_a_plain_code_is_taken_from_an_error_body() {
-        let code = |text: &str| error_code(text.as_bytes());
-        assert_eq!(
-            code(r#"{"errors":[{"code":"NAME_UNKNOWN","message":"m"}]}"#),
-            Some("NAME_UNKNOWN".into())
-        );
-        for body in [
-            r#"{"errors":[{"code":"Bearer eyJhbGci"}]}"#,
-            r#"{"errors":[]}"#,
-            r#"{"errors":[{"code":""}]}"#,
-            "<html>",
-        ] {
-            assert_eq!(code(body), None, "{body}");
-        }
     }
 }

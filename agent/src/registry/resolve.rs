@@ -10,11 +10,12 @@ use super::manifest::{self, ACCEPT, Content, Descriptor, Document, MANIFEST_LIMI
 use super::platform::Platform;
 use super::remote::Remote;
 use super::retry::Backoff;
+use super::said::Said;
 use super::{Registry, Search};
 use crate::blobs::{BlobStore, digest_of};
 
 /// The header in which registries name what a tag points to.
-const DIGEST_HEADER: &str = "docker-content-digest";
+pub(super) const DIGEST_HEADER: &str = "docker-content-digest";
 
 /// A reference with everything that follows from it.
 #[derive(Debug, Clone)]
@@ -93,7 +94,7 @@ impl Registry {
                 Err(cause) => search.failed(endpoint, cause, last)?,
             }
         }
-        Err(search.error(reference.registry().to_owned(), Cause::NotFound { code: None }))
+        Err(search.error(reference.registry().to_owned(), Cause::NotFound { said: Said::default() }))
     }
 
     pub(super) fn endpoints(

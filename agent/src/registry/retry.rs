@@ -16,6 +16,8 @@ pub struct Limits {
     pub resolve: Duration,
     /// For one `fetch`, whatever happens.
     pub fetch: Duration,
+    /// For a registry to store a blob after it got the last byte.
+    pub store: Duration,
     /// How often one request is repeated.
     pub retries: u32,
     /// Pause before the first repetition; it doubles.
@@ -33,6 +35,8 @@ impl Default for Limits {
             resolve: Duration::from_mins(8),
             // 20 GB at 6 MB/s. It only ends what trickles, the build has its own timeout.
             fetch: Duration::from_hours(1),
+            // Registries on object storage copy the blob once more; 10 GB take minutes there.
+            store: Duration::from_mins(5),
             retries: 3,
             pause: Duration::from_millis(500),
             longest_pause: Duration::from_mins(1),
@@ -85,7 +89,7 @@ impl<'a> Backoff<'a> {
 }
 
 /// Between 0 and 1; good enough for jitter.
-fn random_fraction() -> f64 {
+pub(super) fn random_fraction() -> f64 {
     let random = RandomState::new().hash_one(());
     f64::from((random >> 32) as u32) / f64::from(u32::MAX)
 }
@@ -99,10 +103,11 @@ pub(crate) fn retry_after(value: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registry::Said;
 
     fn unavailable(retry_after: Option<u64>) -> Cause {
         let retry_after = retry_after.map(Duration::from_secs);
-        Cause::Unavailable { by: "h".into(), status: 503, code: None, retry_after }
+        Cause::Unavailable { by: "h".into(), status: 503, said: Said::default(), retry_after }
     }
 
     #[test]
@@ -131,7 +136,7 @@ mod tests {
     #[test]
     fn what_would_fail_again_and_what_another_endpoint_may_have_is_not_repeated() {
         let limits = Limits::default();
-        assert_eq!(Backoff::new(&limits, true).next(&Cause::NotFound { code: None }, 1.0), None);
+        assert_eq!(Backoff::new(&limits, true).next(&Cause::NotFound { said: Said::default() }, 1.0), None);
         let timeout = Cause::Timeout { what: "x", limit: limits.idle };
         assert_eq!(Backoff::new(&limits, true).next(&timeout, 1.0), None);
         assert_eq!(Backoff::new(&limits, false).next(&unavailable(None), 1.0), None);

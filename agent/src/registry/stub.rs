@@ -75,6 +75,7 @@ impl Reply {
 }
 
 type Handler = Arc<dyn Fn(&Seen, usize) -> Reply + Send + Sync>;
+type Gate = Arc<dyn Fn(&Seen) -> Option<usize> + Send + Sync>;
 
 /// A listening server; it ends when it is dropped.
 pub(super) struct Stub {
@@ -86,11 +87,20 @@ pub(super) struct Stub {
 impl Stub {
     /// `handler` gets the request and how often the same method and path came before.
     pub(super) async fn start(handler: impl Fn(&Seen, usize) -> Reply + Send + Sync + 'static) -> Self {
+        Self::gated(|_| None, handler).await
+    }
+
+    /// `gate` sees a request without its body. If it names a number, the connection ends after so many bytes
+    /// of the body, and the handler never sees the request.
+    pub(super) async fn gated(
+        gate: impl Fn(&Seen) -> Option<usize> + Send + Sync + 'static,
+        handler: impl Fn(&Seen, usize) -> Reply + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let seen = Arc::new(Mutex::new(Vec::new()));
         let mut tasks = JoinSet::new();
-        tasks.spawn(accept(listener, Arc::new(handler), Arc::clone(&seen)));
+        tasks.spawn(accept(listener, Arc::new(gate), Arc::new(handler), Arc::clone(&seen)));
         Self { address, seen, _tasks: tasks }
     }
 
@@ -109,19 +119,24 @@ impl Stub {
     }
 }
 
-async fn accept(listener: TcpListener, handler: Handler, seen: Arc<Mutex<Vec<Seen>>>) {
+async fn accept(listener: TcpListener, gate: Gate, handler: Handler, seen: Arc<Mutex<Vec<Seen>>>) {
     let mut connections = JoinSet::new();
     while let Ok((stream, _)) = listener.accept().await {
-        let (handler, seen) = (Arc::clone(&handler), Arc::clone(&seen));
+        let (gate, handler, seen) = (Arc::clone(&gate), Arc::clone(&handler), Arc::clone(&seen));
         connections.spawn(async move {
             // A client that goes away is part of the tests.
-            let _ = serve(stream, &handler, &seen).await;
+            let _ = serve(stream, &gate, &handler, &seen).await;
         });
     }
 }
 
-async fn serve(mut stream: TcpStream, handler: &Handler, seen: &Mutex<Vec<Seen>>) -> io::Result<()> {
-    let Some(request) = read_request(&mut stream).await? else { return Ok(()) };
+async fn serve(
+    mut stream: TcpStream,
+    gate: &Gate,
+    handler: &Handler,
+    seen: &Mutex<Vec<Seen>>,
+) -> io::Result<()> {
+    let Some(request) = read_request(&mut stream, gate).await? else { return Ok(()) };
     let reply = {
         let mut seen = seen.lock().unwrap();
         let same = |other: &&Seen| (&other.method, &other.path) == (&request.method, &request.path);
@@ -132,7 +147,7 @@ async fn serve(mut stream: TcpStream, handler: &Handler, seen: &Mutex<Vec<Seen>>
     write_reply(&mut stream, &request, &reply).await
 }
 
-async fn read_request(stream: &mut TcpStream) -> io::Result<Option<Seen>> {
+async fn read_request(stream: &mut TcpStream, gate: &Gate) -> io::Result<Option<Seen>> {
     let mut bytes = Vec::new();
     let end = loop {
         if stream.read_buf(&mut bytes).await? == 0 || bytes[0] == TLS_HANDSHAKE {
@@ -152,11 +167,18 @@ async fn read_request(stream: &mut TcpStream) -> io::Result<Option<Seen>> {
         .collect();
     let length = headers.iter().find(|(name, _)| name == "content-length");
     let length: usize = length.map_or(0, |(_, value)| value.parse().unwrap());
-    while bytes.len() < end + length {
-        stream.read_buf(&mut bytes).await?;
+    let mut seen = Seen { method, path, headers, body: String::new() };
+    let cut = gate(&seen);
+    while bytes.len() < end + cut.unwrap_or(length).min(length) {
+        if stream.read_buf(&mut bytes).await? == 0 {
+            return Ok(None);
+        }
     }
-    let body = String::from_utf8(bytes[end..].to_vec()).unwrap();
-    Ok(Some(Seen { method, path, headers, body }))
+    if cut.is_some() {
+        return Ok(None);
+    }
+    seen.body = String::from_utf8(bytes[end..].to_vec()).unwrap();
+    Ok(Some(seen))
 }
 
 async fn write_reply(stream: &mut TcpStream, request: &Seen, reply: &Reply) -> io::Result<()> {

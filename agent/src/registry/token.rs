@@ -1,6 +1,6 @@
 //! Answers a registry's request for authentication (shell).
 //!
-//! The token is asked for with the scope that this pull needs, not with the one that the challenge names: a
+//! The token is asked for with the scope that this pull or push needs, not with the one that the challenge names: a
 //! registry cannot make us fetch a token for something else. Its lifetime is not tracked; a token that ended
 //! is noticed by the next 401.
 
@@ -14,6 +14,7 @@ use super::challenge::{self, Challenge};
 use super::credentials::Credential;
 use super::error::Cause;
 use super::remote::{Remote, allowed, host};
+use super::said::Said;
 
 /// Bytes of the largest token answer; tokens that list many groups reach tens of KiB.
 const TOKEN_LIMIT: u64 = 256 * 1024;
@@ -30,28 +31,34 @@ pub(super) async fn answer(remote: &Remote, headers: &HeaderMap) -> Result<Optio
     let challenges = headers.get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
     match (challenge::best(challenges), &remote.credential) {
         (Some(Challenge::Bearer { realm, service }), _) => {
+            remote.note_service(service.as_deref());
             bearer(remote, &realm, service.as_deref()).await.map(Some)
         }
         (Some(Challenge::Basic), Some(Credential::Password { username, password })) => {
-            let encoded = STANDARD.encode(format!("{username}:{password}"));
-            header(remote, &format!("Basic {encoded}")).map(Some)
+            basic(remote, username, password).map(Some)
         }
         _ => Ok(None),
     }
 }
 
+/// The header for a name and a password.
+pub(super) fn basic(remote: &Remote, username: &str, password: &str) -> Result<HeaderValue, Cause> {
+    let encoded = STANDARD.encode(format!("{username}:{password}"));
+    header(remote, &format!("Basic {encoded}"))
+}
+
 async fn bearer(remote: &Remote, realm: &str, service: Option<&str>) -> Result<HeaderValue, Cause> {
     let mut url = realm_url(remote, realm)?;
-    let scope = format!("repository:{}:pull", remote.endpoint.repository);
+    let scopes = &remote.scopes;
     let request = match &remote.credential {
-        Some(Credential::IdentityToken(token)) => by_refresh_token(remote, &url, service, &scope, token),
+        Some(Credential::IdentityToken(token)) => by_refresh_token(remote, &url, service, token),
         Some(Credential::Password { username, password }) => {
             url.query_pairs_mut().append_pair("account", username);
-            add_scope(&mut url, service, &scope);
+            add_scopes(&mut url, service, scopes);
             remote.client.get(url).basic_auth(username, Some(password))
         }
         None => {
-            add_scope(&mut url, service, &scope);
+            add_scopes(&mut url, service, scopes);
             remote.client.get(url)
         }
     };
@@ -64,21 +71,17 @@ async fn bearer(remote: &Remote, realm: &str, service: Option<&str>) -> Result<H
     header(remote, &format!("Bearer {}", read_token(remote, &body)?))
 }
 
-fn add_scope(url: &mut Url, service: Option<&str>, scope: &str) {
+fn add_scopes(url: &mut Url, service: Option<&str>, scopes: &[String]) {
     let mut query = url.query_pairs_mut();
     if let Some(service) = service {
         query.append_pair("service", service);
     }
-    query.append_pair("scope", scope);
+    for scope in scopes {
+        query.append_pair("scope", scope);
+    }
 }
 
-fn by_refresh_token(
-    remote: &Remote,
-    url: &Url,
-    service: Option<&str>,
-    scope: &str,
-    token: &str,
-) -> RequestBuilder {
+fn by_refresh_token(remote: &Remote, url: &Url, service: Option<&str>, token: &str) -> RequestBuilder {
     // An address that is never sent anywhere; its query has the form of the body.
     let mut form = url.clone();
     form.set_query(None);
@@ -86,7 +89,7 @@ fn by_refresh_token(
         .append_pair("grant_type", "refresh_token")
         .append_pair("client_id", CLIENT_ID)
         .append_pair("refresh_token", token);
-    add_scope(&mut form, service, scope);
+    add_scopes(&mut form, service, &remote.scopes);
     let body = form.query().unwrap_or_default().to_owned();
     remote.client.post(url.clone()).header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(body)
 }
@@ -107,10 +110,10 @@ async fn refusal(remote: &Remote, response: Response) -> Cause {
     let by = host(response.url());
     match response.status().as_u16() {
         status @ (400 | 401 | 403) => {
-            Cause::Unauthorized { by, status, code: None, credential: remote.credential.is_some() }
+            Cause::Unauthorized { by, status, said: Said::default(), credential: remote.credential.is_some() }
         }
-        408 | 429 | 500.. => remote.failure(response).await,
-        status => Cause::Refused { by, status, code: None },
+        408 | 425 | 429 | 500.. => remote.failure(response).await,
+        status => Cause::Refused { by, status, said: Said::default() },
     }
 }
 
