@@ -14,6 +14,7 @@ pub mod housekeeping;
 pub mod logs;
 pub mod output;
 pub mod plan;
+pub mod publish;
 pub mod registry;
 pub mod seal;
 pub mod slot;

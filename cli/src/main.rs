@@ -20,5 +20,9 @@ fn main() -> std::process::ExitCode {
     if std::env::args_os().nth(1).is_some_and(|a| a == kiln_agent::slot::SHIM_ARGUMENT) {
         return u8::try_from(kiln_agent::slot::shim_main()).unwrap_or(1).into();
     }
+    // A process that holds push credentials does nothing else.
+    if std::env::args_os().nth(1).is_some_and(|a| a == kiln_agent::publish::PUBLISH_ARGUMENT) {
+        return u8::try_from(kiln_agent::publish::publish_main()).unwrap_or(1).into();
+    }
     app::run()
 }
