@@ -51,7 +51,9 @@ fn main() -> ExitCode {
 /// As much of the standard harness as its runners use.
 fn harness(arguments: &[String]) -> ExitCode {
     let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
-    let filters: Vec<_> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
+    // `terse` is the value of `--format`.
+    let filters = arguments.iter().filter(|argument| !argument.starts_with('-') && *argument != "terse");
+    let filters: Vec<_> = filters.collect();
     for (name, test) in TESTS {
         let wanted = filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
         match (wanted && !has("--ignored"), has("--list")) {
