@@ -12,6 +12,10 @@ mod patience;
 mod probe;
 
 #[cfg(test)]
+mod faults;
+#[cfg(test)]
+mod harbor;
+#[cfg(test)]
 mod real;
 #[cfg(test)]
 mod testing;

@@ -89,7 +89,7 @@ pub(super) fn registry(host: &str, credential: Option<Credential>, limits: Limit
 
 pub(super) fn push(registry: &Registry, host: &str, repository: &str) -> Push {
     let name = format!("{host}/{repository}").parse().unwrap();
-    registry.push(&name, &[], Duration::from_secs(60)).unwrap()
+    registry.push(&name, &[], DEFAULT_BUDGET).unwrap()
 }
 
 pub(super) fn silent() -> Sent {
@@ -143,7 +143,7 @@ pub(super) fn forward(seen: &Seen, port: u16) -> Reply {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
     let mut head = format!("{} {} HTTP/1.0\r\n", seen.method, seen.path);
     for (name, value) in seen.headers.iter().filter(|(name, _)| name != "authorization") {
-        head.push_str(&format!("{name}: {value}\r\n"));
+        head.extend([name.as_str(), ": ", value.as_str(), "\r\n"]);
     }
     stream.write_all(format!("{head}\r\n{}", seen.body).as_bytes()).unwrap();
     let mut answer = Vec::new();
