@@ -10,6 +10,7 @@ pub mod dockerfile;
 pub mod doctor;
 pub mod error;
 pub mod executor;
+pub mod hooks;
 pub mod housekeeping;
 pub mod logs;
 pub mod output;

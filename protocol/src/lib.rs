@@ -15,6 +15,7 @@ pub mod spec;
 pub mod state;
 pub mod target;
 pub mod topology;
+pub mod verdict;
 
 pub use digest::Digest;
 pub use id::BuildId;

@@ -17,6 +17,7 @@ mod lines;
 mod locate;
 mod mounts;
 mod options;
+mod parts;
 mod reference;
 mod scope;
 mod stages;
