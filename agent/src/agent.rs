@@ -7,7 +7,7 @@ use kiln_protocol::request::NetworkMode;
 use crate::config::Config;
 use crate::plan;
 use crate::registry::{Credentials, Registry, RegistryConfig, RegistryConfigError};
-use crate::slot::wire::SlotSpec;
+use crate::slot::wire::{Purpose, SlotSpec};
 use crate::slot::{Identity, IdentityError};
 use crate::state::{State, StateError};
 use crate::version::Version;
@@ -110,6 +110,7 @@ impl Agent {
 /// See [`Agent::bare_slot`].
 pub(crate) fn bare_slot(job: &str, identity: Identity, config: &Config) -> SlotSpec {
     SlotSpec {
+        purpose: Purpose::Work,
         job: job.to_owned(),
         ids: identity.ids,
         drop_to: identity.drop_to,

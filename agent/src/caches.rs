@@ -58,40 +58,59 @@ impl CacheLease {
         CacheMount { generations: self.head.chain.iter().map(|name| generation(&self.key, *name)).collect() }
     }
 
-    /// Keeps what a successful build wrote, up to `max_bytes` in all. Says why if it was not kept.
-    pub async fn promote(
+    /// Measures what the build wrote, and copies it out of a long chain, while it is still mounted. Content beyond
+    /// `max_bytes` in all will not be kept.
+    pub async fn gather(
         self,
-        state: &State,
         slot: &mut Slot,
         stop: &mut StopSignal,
         max_bytes: u64,
-    ) -> Result<Option<String>, PromoteError> {
+    ) -> Result<NewContent, PromoteError> {
         let used = content_size(slot, stop).await?;
         let flatten = self.head.chain.len() >= MAX_GENERATIONS;
-        let fits = used <= max_bytes;
-        let from = if flatten && fits { copy_content(slot, stop).await? } else { "cache/upper" };
-        let _guard = lock_head(state, &self.key).await?;
-        let present = read_head(state, &self.key).chain;
-        if present != self.head.chain && !present.is_empty() {
+        let from = if flatten && used <= max_bytes { copy_content(slot, stop).await? } else { "cache/upper" };
+        Ok(NewContent { lease: self, used, max_bytes, from, flatten })
+    }
+}
+
+/// What a build left in its cache mounts.
+#[derive(Debug)]
+pub struct NewContent {
+    lease: CacheLease,
+    used: u64,
+    max_bytes: u64,
+    /// Its directory below the job's.
+    from: &'static str,
+    /// It replaces the whole chain.
+    flatten: bool,
+}
+
+impl NewContent {
+    /// Keeps what a successful build wrote. Says why if it was not kept.
+    pub async fn promote(self, state: &State, slot: &mut Slot) -> Result<Option<String>, PromoteError> {
+        let Self { lease, used, max_bytes, from, flatten } = self;
+        let _guard = lock_head(state, &lease.key).await?;
+        let present = read_head(state, &lease.key).chain;
+        if present != lease.head.chain && !present.is_empty() {
             return Ok(Some(
                 "another build renewed the cache mounts meanwhile; its content is kept".to_owned(),
             ));
         }
-        if !fits {
-            write_head(state, &self.key, &Head::of(Vec::new()))?;
+        if used > max_bytes {
+            write_head(state, &lease.key, &Head::of(Vec::new()))?;
             return Ok(Some(format!(
                 "cache mounts hold {used} bytes, more than data.max_cache_bytes = {max_bytes}; they start empty next time"
             )));
         }
         let name = Uuid::now_v7();
-        make_parent(state, &self.key)?;
-        let to = generation(&self.key, name);
+        make_parent(state, &lease.key)?;
+        let to = generation(&lease.key, name);
         slot.change_store(Command::Promote { from: from.to_owned(), to })
             .await?
             .map_err(PromoteError::Rename)?;
-        let older = self.head.chain.iter().copied().filter(|_| !flatten);
+        let older = lease.head.chain.iter().copied().filter(|_| !flatten);
         let chain = std::iter::once(name).chain(older).collect();
-        write_head(state, &self.key, &Head::of(chain))?;
+        write_head(state, &lease.key, &Head::of(chain))?;
         Ok(None)
     }
 }

@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 
 use crate::agent::Agent;
 use crate::bases::Base;
-use crate::caches::CacheLease;
+use crate::caches::{CacheLease, NewContent};
 use crate::dockerfile::{BuildInput, Dockerfile};
 use crate::error::chain;
 use crate::housekeeping;
@@ -290,21 +290,34 @@ impl Run {
         self.unpack(slot).await?;
         self.enter(Phase::Build).await;
         self.build(slot, planned, bases).await?;
+        let content = match cache {
+            Some(cache) => self.gather_cache(slot, cache).await,
+            None => None,
+        };
         self.enter(Phase::Export).await;
-        let exported = self.export(slot, bases).await?;
+        let image_id = self.export(slot, bases).await?;
         self.enter(Phase::Seal).await;
-        let built = self.seal(exported, bases).await?;
-        if let Some(cache) = cache {
-            self.keep_cache(slot, cache).await;
+        let built = self.seal(image_id, bases).await?;
+        if let Some(content) = content {
+            self.keep_cache(slot, content).await;
         }
         Ok(built)
     }
 
-    async fn keep_cache(&mut self, slot: &mut Slot, cache: CacheLease) {
+    async fn gather_cache(&mut self, slot: &mut Slot, cache: CacheLease) -> Option<NewContent> {
         let limit = self.agent.config.data.max_cache_bytes;
-        let promoted = cache.promote(&self.agent.state, slot, &mut self.stop, limit).await;
+        match cache.gather(slot, &mut self.stop, limit).await {
+            Ok(content) => Some(content),
+            Err(error) => {
+                self.note(format!("the cache mounts are not kept: {}", chain(&error))).await;
+                None
+            }
+        }
+    }
+
+    async fn keep_cache(&mut self, slot: &mut Slot, content: NewContent) {
         // The image is made: a lost cache costs time, not the build.
-        match promoted {
+        match content.promote(&self.agent.state, slot).await {
             Ok(None) => {}
             Ok(Some(note)) => self.note(note).await,
             Err(error) => self.note(format!("the cache mounts were not kept: {}", chain(&error))).await,

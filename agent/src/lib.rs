@@ -11,6 +11,7 @@ pub mod doctor;
 pub mod error;
 pub mod executor;
 pub mod hooks;
+pub mod export;
 pub mod housekeeping;
 pub mod logs;
 pub mod output;

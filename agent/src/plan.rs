@@ -24,8 +24,6 @@ pub mod path {
     pub const NO_IGNORE: &str = "/etc/kiln/no-ignore";
     /// Image id of the finished build.
     pub const IMAGE_ID: &str = "/job/run/image-id";
-    /// Where exported images lie.
-    pub const EXPORT: &str = "/job/export";
     /// The exported root filesystem.
     pub const ROOT_FILESYSTEM: &str = "/job/export/rootfs.tar";
     /// Names under which the Dockerfile finds its base images.
@@ -113,18 +111,6 @@ fn request_flags(input: &PlanInput<'_>) -> Vec<String> {
     if request.root_filesystem {
         argv.push(format!("--output=type=tar,dest={}", path::ROOT_FILESYSTEM));
     }
-    argv
-}
-
-/// `buildah push` into a directory, layers uncompressed: the agent compresses the new ones while it
-/// verifies them, and takes base layers from its own blobs.
-///
-/// `layout` is a name that no step of the build could know, so none could prepare something under it.
-pub fn export(base_stores: usize, image_id: &str, layout: &str) -> Vec<String> {
-    let mut argv = common(base_stores, true);
-    argv.extend(["push".to_owned(), "--quiet".to_owned(), "--disable-compression".to_owned()]);
-    argv.push(image_id.to_owned());
-    argv.push(format!("dir:{}/{layout}", path::EXPORT));
     argv
 }
 
@@ -266,16 +252,7 @@ build
     }
 
     #[test]
-    fn export_and_import_touch_only_the_slot() {
-        let id = "ab".repeat(32);
-        assert_eq!(
-            export(1, &id, "a1b2").join(" "),
-            format!(
-                "/usr/bin/buildah --storage-driver=overlay --root=/job/root --runroot=/job/run/containers \
-                 --storage-opt=overlay.imagestore=/n --storage-opt=overlay.imagestore=/b/0 \
-                 push --quiet --disable-compression {id} dir:/job/export/a1b2"
-            )
-        );
+    fn import_touches_only_the_slot() {
         assert_eq!(
             import().join(" "),
             "/usr/bin/buildah --storage-driver=overlay --root=/job/root --runroot=/job/run/containers \

@@ -12,7 +12,7 @@ mod layer;
 pub mod manifest;
 mod store;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::BorrowedFd;
 
 use kiln_protocol::Digest;
@@ -85,6 +85,23 @@ pub struct BaseLayer {
     pub size: u64,
     /// Media type of the blob in the base's manifest, of either format.
     pub media_type: String,
+}
+
+impl BaseLayer {
+    /// The base's own blob, if the store has it and this format has a name for its compression.
+    fn sealed(&self, blobs: &BlobStore, format: ImageFormat) -> Option<SealedLayer> {
+        let compression = Compression::of_media_type(&self.media_type)?;
+        let media_type = compression.media_type(format)?.to_owned();
+        let descriptor = Descriptor { media_type, size: self.size, digest: self.digest.clone() };
+        let layer = SealedLayer { descriptor, diff_id: self.diff_id.clone(), unpacked: None };
+        blobs.has(&self.digest).then_some(layer)
+    }
+}
+
+/// Diff ids of the layers whose files [`seal`] will not look for in an export.
+pub fn taken_from_bases(bases: &[BaseLayer], blobs: &BlobStore, format: ImageFormat) -> BTreeSet<Digest> {
+    let taken = bases.iter().filter_map(|base| base.sealed(blobs, format));
+    taken.map(|layer| layer.diff_id).collect()
 }
 
 /// A layer of a sealed image.
@@ -210,15 +227,9 @@ impl Layers<'_> {
         Ok(layer)
     }
 
-    /// The base's own blob, if the store has it and this format has a name for its compression.
     fn base_layer(&self, diff_id: &Digest) -> Option<SealedLayer> {
-        self.bases.iter().filter(|base| base.diff_id == *diff_id).find_map(|base| {
-            let compression = Compression::of_media_type(&base.media_type)?;
-            let media_type = compression.media_type(self.options.format)?.to_owned();
-            let descriptor = Descriptor { media_type, size: base.size, digest: base.digest.clone() };
-            let layer = SealedLayer { descriptor, diff_id: diff_id.clone(), unpacked: None };
-            self.blobs.has(&base.digest).then_some(layer)
-        })
+        let mut bases = self.bases.iter().filter(|base| base.diff_id == *diff_id);
+        bases.find_map(|base| base.sealed(self.blobs, self.options.format))
     }
 
     fn copy(&mut self, index: usize, from: &Descriptor, diff_id: &Digest) -> Result<SealedLayer, SealError> {

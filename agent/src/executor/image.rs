@@ -11,21 +11,15 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use super::prepare::store_names;
 use super::{Attempt, Built, Named, Planned, Run};
 use crate::error::chain;
+use crate::export::Order;
 use crate::housekeeping;
 use crate::plan::{self, PlanInput};
 use crate::seal::{self, BaseLayer, SealLimits, SealOptions};
-use crate::slot::wire::{Exit, Step};
-use crate::slot::{Slot, UNPACK_REFUSED};
+use crate::slot::wire::{Exit, Purpose, SlotSpec, Step};
+use crate::slot::{REFUSED, Slot};
 
 /// `sha256:` and 64 characters; more is not an image id.
 const MAX_IMAGE_ID_BYTES: u64 = 128;
-
-/// An image that buildah wrote into the job's directory.
-pub(super) struct Exported {
-    image_id: Digest,
-    /// Its directory below `export`.
-    layout: String,
-}
 
 impl Run {
     pub(super) async fn unpack(&mut self, slot: &mut Slot) -> Attempt<()> {
@@ -33,7 +27,7 @@ impl Run {
         if end.exit == Exit::Code(0) {
             return Ok(());
         }
-        if end.breach.is_some() || end.exit != Exit::Code(UNPACK_REFUSED) {
+        if end.breach.is_some() || end.exit != Exit::Code(REFUSED) {
             return Err(self.step_failed(&end, None));
         }
         Err(self.fail(Reason::ContextInvalid, end.stderr.trim()))
@@ -104,21 +98,30 @@ impl Run {
             .collect()
     }
 
-    pub(super) async fn export(&mut self, slot: &mut Slot, bases: &[Named]) -> Attempt<Exported> {
-        let image_id = self.read_image_id()?;
-        let layout = uuid::Uuid::now_v7().simple().to_string();
-        let argv = plan::export(store_names(bases).len(), image_id.hex(), &layout);
-        let step = Step::Exec { argv, env: plan::environment(&[]), network: false };
-        let end = self.step(slot, step).await?;
-        if end.exit == Exit::Code(0) {
-            Ok(Exported { image_id, layout })
-        } else {
-            Err(self.step_failed(&end, None))
+    /// Writes the built image out of buildah's store, in namespaces that no step of the build was ever in.
+    pub(super) async fn export(&mut self, slot: &mut Slot, bases: &[Named]) -> Attempt<Digest> {
+        let image = self.read_image_id()?;
+        let layers = bases.iter().flat_map(|n| n.base.record.layers.clone()).collect::<Vec<_>>();
+        self.share_layers(&layers)?;
+        let fresh = SlotSpec {
+            purpose: Purpose::Export,
+            stores: store_names(bases),
+            ..self.agent.bare_slot(self.job.name())
+        };
+        slot.renew(fresh).await.map_err(|e| self.lost(&e))?;
+        let present = seal::taken_from_bases(&layers, &self.blobs, self.request.format);
+        let end = self.step(slot, Step::Export(Order { image: image.clone(), present })).await?;
+        match end.exit {
+            Exit::Code(0) => Ok(image),
+            Exit::Code(REFUSED) if end.breach.is_none() => {
+                Err(self.fail(Reason::CandidateCorrupt, end.stderr.trim()))
+            }
+            _ => Err(self.step_failed(&end, None)),
         }
     }
 
     fn read_image_id(&self) -> Attempt<Digest> {
-        let path = format!("{}{}", self.job_path(), plan::path::IMAGE_ID.trim_start_matches("/job"));
+        let path = self.slot_path(plan::path::IMAGE_ID.trim_start_matches('/'));
         let store = self.store()?;
         let text = read_small(&store, &path).map_err(|e| {
             self.fail(Reason::CandidateCorrupt, format!("read the image id that buildah wrote: {e}"))
@@ -129,21 +132,20 @@ impl Run {
         })
     }
 
-    fn job_path(&self) -> String {
-        format!("{}/job", housekeeping::slot_directory(self.job.name()))
+    fn slot_path(&self, below: &str) -> String {
+        format!("{}/{below}", housekeeping::slot_directory(self.job.name()))
     }
 
     fn store(&self) -> Attempt<std::fs::File> {
         self.agent.state.store().map_err(|e| self.fail(Reason::Unknown, chain(&e)))
     }
 
-    pub(super) async fn seal(&mut self, exported: Exported, bases: &[Named]) -> Attempt<Built> {
-        let Exported { image_id, layout } = exported;
+    pub(super) async fn seal(&mut self, image_id: Digest, bases: &[Named]) -> Attempt<Built> {
         let store = self.store()?;
         let layers: Vec<_> = bases.iter().flat_map(|n| n.base.record.layers.clone()).collect();
-        self.share_layers(&layers)?;
         let (blobs, stop) = (self.blobs.clone(), self.stop.clone());
-        let (export, files) = (format!("{}/export", self.job_path()), self.request.root_filesystem);
+        let (layout, export) = (self.slot_path("layout"), self.slot_path("job/export"));
+        let files = self.request.root_filesystem;
         let (format, disk) = (self.request.format, self.agent.config.build.limits.disk);
         let work = move || {
             let should_stop = || stop.current().is_some();
@@ -154,7 +156,7 @@ impl Run {
                 limits,
                 should_stop: &should_stop,
             };
-            let layout = open_dir(&store, &format!("{export}/{layout}"))?;
+            let layout = open_dir(&store, &layout)?;
             let image = seal::seal(layout.as_fd(), &layers, &blobs, &options)?;
             let root = files
                 .then(|| seal::seal_file(open_dir(&store, &export)?.as_fd(), "rootfs.tar", &blobs, &options));

@@ -86,12 +86,22 @@ impl Slot {
         let mut slot =
             Self { socket, child, grace: Duration::from_millis(spec.grace_ms), buffer: Vec::new(), cgroup };
         slot.write("start", spec).await?;
-        match timeout(START_TIMEOUT, slot.next("start")).await {
-            Ok(Ok(Report::Ready)) => Ok(slot),
+        slot.until_ready("start").await.map(|()| slot)
+    }
+
+    /// Ends every process and every namespace of the slot, then makes new ones over the same job directory.
+    pub async fn renew(&mut self, spec: SlotSpec) -> Result<(), SlotLost> {
+        self.write("start afresh", &Command::Renew(Box::new(spec))).await?;
+        self.until_ready("start afresh").await
+    }
+
+    async fn until_ready(&mut self, doing: &'static str) -> Result<(), SlotLost> {
+        match timeout(START_TIMEOUT, self.next(doing)).await {
+            Ok(Ok(Report::Ready)) => Ok(()),
             Ok(Ok(Report::Failed(error))) => Err(error.into()),
-            Ok(Ok(_)) => Err(unexpected("start")),
+            Ok(Ok(_)) => Err(unexpected(doing)),
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(slot.give_up(START_TIMEOUT)),
+            Err(_) => Err(self.give_up(START_TIMEOUT)),
         }
     }
 

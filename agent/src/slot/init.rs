@@ -18,6 +18,8 @@ use nix::sys::signalfd::SignalFd;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, execve, pipe2, setpgid};
 
+use crate::error::chain;
+
 use super::wire::{Breach, Exit, SlotLimits, Step, StepEnd};
 
 /// Enough for buildah's own error, which is one line; RUN's output goes elsewhere.
@@ -32,8 +34,8 @@ const HURRIED_PERIOD: Duration = Duration::from_millis(2);
 /// Threads are only counted when there are this many processes, or in every sixteenth look.
 const FEW_PROCESSES: u64 = 64;
 
-/// Exit code of an archive that is not unpacked because of what it holds.
-pub(crate) const UNPACK_REFUSED: i32 = 1;
+/// Exit code of an archive or an image that is not unpacked or exported because of what it holds.
+pub(crate) const REFUSED: i32 = 1;
 /// What container tools answer when they themselves fail.
 const OWN_FAULT: i32 = 125;
 
@@ -41,6 +43,8 @@ const OWN_FAULT: i32 = 125;
 pub(super) struct StepContext {
     pub(super) limits: SlotLimits,
     pub(super) archive: Option<File>,
+    /// Number of base stores.
+    pub(super) stores: usize,
 }
 
 /// Runs the step and returns its end. The caller writes it to the parent and leaves.
@@ -87,6 +91,7 @@ fn program(step: Step, context: StepContext, stderr: &OwnedFd) -> ! {
     let _ = nix::unistd::dup2_stderr(stderr);
     let code = match step {
         Step::Unpack(limits) => unpack(context.archive, &limits),
+        Step::Export(order) => export(context.stores, &order),
         Step::Exec { argv, env, .. } => exec(&argv, &env, context.limits),
     };
     super::leave(code)
@@ -105,7 +110,7 @@ fn unpack(archive: Option<File>, limits: &crate::unpack::Limits) -> i32 {
         Ok(Ok(_)) => 0,
         Ok(Err(error)) => {
             complain(&format!("{}: {error}", error.code()));
-            if error.is_the_archives_fault() { UNPACK_REFUSED } else { OWN_FAULT }
+            if error.is_the_archives_fault() { REFUSED } else { OWN_FAULT }
         }
         Err(error) => complain(&format!("kiln: open the context directory: {error}")),
     }
@@ -117,6 +122,23 @@ fn unpack_into(
     limits: &crate::unpack::Limits,
 ) -> Result<crate::unpack::Summary, crate::unpack::UnpackError> {
     crate::unpack::unpack(archive, root.as_fd(), crate::unpack::Modes::Verbatim, limits)
+}
+
+fn export(bases: usize, order: &crate::export::Order) -> i32 {
+    let stores = std::iter::once("/job/root".to_owned()).chain((0..bases).map(|index| format!("/b/{index}")));
+    let opened: std::io::Result<Vec<File>> = stores.map(File::open).collect();
+    let (stores, out) = match opened.and_then(|stores| Ok((stores, File::open("/out")?))) {
+        Ok(opened) => opened,
+        Err(error) => return complain(&format!("kiln: open the stores: {error}")),
+    };
+    let stores: Vec<_> = stores.iter().map(File::as_fd).collect();
+    match crate::export::export(&stores, out.as_fd(), order) {
+        Ok(()) => 0,
+        Err(error) => {
+            complain(&chain(&error));
+            if error.is_the_stores_fault() { REFUSED } else { OWN_FAULT }
+        }
+    }
 }
 
 fn exec(argv: &[String], env: &[(String, String)], limits: SlotLimits) -> i32 {

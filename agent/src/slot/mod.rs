@@ -26,7 +26,7 @@ pub mod wire;
 pub use cgroup::{NoCgroup, delegated as delegated_cgroup};
 pub use handle::{Slot, SlotFiles, SlotLost};
 pub use identity::{Identity, IdentityError, REQUIRED_IDS, SYSTEM_USER, discover as discover_identity};
-pub(crate) use init::UNPACK_REFUSED;
+pub(crate) use init::REFUSED;
 pub(crate) use network::{RESOLVER, host_networks, is_never_reached};
 
 /// First argument of the process image that serves as the shim.

@@ -93,8 +93,8 @@ fn execute(this: &mut Inheritance, command: Command) -> Option<Report> {
             Some(Report::Done(promote(this, &from, &to).map_err(|e| e.to_string())))
         }
         Command::Remove(names) => Some(Report::Done(remove(this, &names).map_err(|e| e.to_string()))),
-        // Between two steps there is nothing to terminate.
-        Command::Terminate => None,
+        // Between two steps there is nothing to terminate. To be renewed is the shim's affair: it ends us.
+        Command::Terminate | Command::Renew(_) => None,
         Command::Finish => Some(Report::Finished(finish(this).map_err(|e| e.to_string()))),
     }
 }
@@ -179,9 +179,16 @@ fn step_main(this: &Inheritance, step: Step, go: &OwnedFd, end: OwnedFd) -> ! {
     }
     // Its memory holds the specification with the build's secrets.
     let _ = nix::sys::prctl::set_dumpable(false);
+    // A key that a step leaves in its session's keyring must not be there for the next one.
+    if !matches!(sys::leave_keyring(), Ok(()) | Err(Errno::ENOSYS)) {
+        super::leave(1);
+    }
     let archive = this.archive.as_ref().and_then(|file| file.try_clone().ok());
     close_what_steps_must_not_hold(this);
-    let report = init::run(step, init::StepContext { limits: this.spec.limits, archive });
+    let report = init::run(
+        step,
+        init::StepContext { limits: this.spec.limits, archive, stores: this.spec.stores.len() },
+    );
     let sent = serde_json::to_writer(File::from(end), &report);
     super::leave(i32::from(sent.is_err()))
 }
@@ -333,8 +340,9 @@ impl Disk {
         }
         self.free_at_last_walk = Some(free);
         self.last_walk = Instant::now();
-        let job = File::open("/job").ok()?;
-        let used = reap::disk_usage(job.as_fd()) + reap::unlinked_usage();
+        // Only an export has a place to write to beside the job's.
+        let trees = ["/job", "/out"].into_iter().filter_map(|path| File::open(path).ok());
+        let used = trees.map(|tree| reap::disk_usage(tree.as_fd())).sum::<u64>() + reap::unlinked_usage();
         (used > self.limit).then_some(used)
     }
 }

@@ -11,7 +11,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, fchmod, mkdirat};
 use nix::unistd::{chdir, pivot_root, symlinkat};
 
-use super::wire::{SetupError, SlotFile, SlotSpec};
+use super::wire::{Purpose, SetupError, SlotFile, SlotSpec};
 use super::{sys, wire::CacheMount};
 
 /// Room for generated files, secrets and mount points; nothing a build writes lands here.
@@ -39,20 +39,46 @@ pub(super) fn enter(spec: &SlotSpec) -> Setup {
     mount_flags(Some("tmpfs"), "mnt", Some(("tmpfs", ROOT_SIZE)), MsFlags::empty())?;
     chdir("mnt").map_err(|e| SetupError::new("enter the new root", e))?;
     make_tree()?;
-    system_directories()?;
-    devices()?;
     kernel_file_systems()?;
-    job_mounts(spec)?;
-    for file in &spec.files {
-        write_file(file)?;
+    stores(spec)?;
+    match spec.purpose {
+        Purpose::Work => for_work(spec)?,
+        Purpose::Export => for_export(spec)?,
     }
-    writable_directories()?;
     pivot()?;
     sys::make_only_this_read_only(c"/").map_err(|e| SetupError::new("make the root read-only", e))
 }
 
+fn for_work(spec: &SlotSpec) -> Setup {
+    system_directories()?;
+    devices()?;
+    job_mounts(spec)?;
+    for file in &spec.files {
+        write_file(file)?;
+    }
+    writable_directories()
+}
+
+/// Nothing that a step of the build could have written is looked up on the way to what is mounted.
+fn for_export(spec: &SlotSpec) -> Setup {
+    let job = format!("{STORE}/jobs/{}", spec.job);
+    bind_read_only(&format!("{job}/job"), "job", true)?;
+    make_dir("out")?;
+    bind_unmasked(&format!("{job}/layout"), "out")
+}
+
+fn stores(spec: &SlotSpec) -> Setup {
+    for (index, name) in spec.stores.iter().enumerate() {
+        bind_read_only(&format!("{STORE}/{name}"), &format!("b/{index}"), true)?;
+    }
+    Ok(())
+}
+
 fn make_job_directory(spec: &SlotSpec) -> Setup {
     let job = format!("jobs/{}", spec.job);
+    if spec.purpose == Purpose::Export {
+        return make_dir(&format!("{job}/layout"));
+    }
     make_dir(&job)?;
     // The slot sees `job`. What becomes a generation of a cache lies beside it, out of the reach of a step
     // that would put a link in its place.
@@ -159,9 +185,6 @@ fn job_mounts(spec: &SlotSpec) -> Setup {
     bind_unmasked(&job, "job")?;
     bind_unmasked(&format!("{job}/tmp"), "tmp")?;
     bind_unmasked(&format!("{job}/tmp"), "var/tmp")?;
-    for (index, name) in spec.stores.iter().enumerate() {
-        bind_read_only(&format!("{STORE}/{name}"), &format!("b/{index}"), true)?;
-    }
     if let Some(input) = &spec.input {
         bind_read_only(&format!("{STORE}/{input}"), "in", true)?;
     }

@@ -67,8 +67,10 @@ pub(super) fn run() -> i32 {
     let Ok(stdin) = std::io::stdin().as_fd().try_clone_to_owned() else { return 1 };
     let mut agent = UnixStream::from(stdin);
     let Ok(received) = receive(&mut agent) else { return 1 };
-    match start(&received) {
-        Ok(slot) => Relay { agent, slot, kill_at: None, finished: false }.until_the_end(&received),
+    match enter(&received).and_then(|()| start(&received)) {
+        Ok(slot) => {
+            Relay { agent, slot, retired: None, kill_at: None, finished: false }.until_the_end(received)
+        }
         Err(error) => {
             let _ = wire::send(&mut agent, &Report::Failed(error));
             1
@@ -106,10 +108,13 @@ struct Slot {
     network: Option<Slirp>,
 }
 
-fn start(received: &Received) -> Result<Slot, SetupError> {
+fn enter(received: &Received) -> Result<(), SetupError> {
     // While we still are who may pass the directories above; a new mount namespace keeps the place.
     nix::unistd::fchdir(&received.store).map_err(|e| SetupError::new("enter the store directory", e))?;
-    drop_privileges(received.spec.drop_to)?;
+    drop_privileges(received.spec.drop_to)
+}
+
+fn start(received: &Received) -> Result<Slot, SetupError> {
     let mut flags = namespaces();
     if received.spec.network != NetworkMode::UnsafeHost {
         flags |= CloneFlags::CLONE_NEWNET;
@@ -239,26 +244,28 @@ fn end(pid: Pid) {
 struct Relay {
     agent: UnixStream,
     slot: Slot,
+    /// Helper of an earlier slot's network, told to end. It is waited for when we end ourselves.
+    retired: Option<Slirp>,
     kill_at: Option<Instant>,
     finished: bool,
 }
 
 impl Relay {
-    fn until_the_end(mut self, received: &Received) -> i32 {
-        while self.turn(received).is_some() {}
+    fn until_the_end(mut self, mut received: Received) -> i32 {
+        while self.turn(&mut received).is_some() {}
         end(self.slot.outer);
         if self.finished {
             return 0;
         }
         // The slot died, or the agent did: nobody else deletes the job.
-        let report = Report::Finished(delete(received).map_err(|e| e.to_string()));
+        let report = Report::Finished(delete(&received).map_err(|e| e.to_string()));
         let clean = matches!(report, Report::Finished(Ok(())));
         let _ = wire::send(&mut self.agent, &report);
         i32::from(!clean)
     }
 
     /// `None` when it is over.
-    fn turn(&mut self, received: &Received) -> Option<()> {
+    fn turn(&mut self, received: &mut Received) -> Option<()> {
         let wait = self.kill_at.map(|at| at.saturating_duration_since(Instant::now()));
         if wait.is_some_and(|left| left.is_zero()) {
             return None;
@@ -288,8 +295,11 @@ impl Relay {
         (!over).then_some(())
     }
 
-    fn hear_agent(&mut self, received: &Received) -> Option<()> {
-        let command: Command = wire::receive(&mut self.agent).ok().flatten()?;
+    fn hear_agent(&mut self, received: &mut Received) -> Option<()> {
+        let command = match wire::receive(&mut self.agent).ok().flatten()? {
+            Command::Renew(spec) => return self.renew(received, *spec),
+            command => command,
+        };
         if command == Command::Terminate && self.kill_at.is_none() {
             self.kill_at = Some(Instant::now() + Duration::from_millis(received.spec.grace_ms) + BACKSTOP);
         }
@@ -300,6 +310,27 @@ impl Relay {
             network.kill();
         }
         wire::send(&mut self.slot.socket, &command).ok()
+    }
+}
+
+impl Relay {
+    /// Lifeline, lock and duty to delete stay here: there is no moment in which nobody has them.
+    fn renew(&mut self, received: &mut Received, spec: SlotSpec) -> Option<()> {
+        // Its end is the end of its PID namespace, and so of every process in it.
+        end(self.slot.outer);
+        self.retired = self.slot.network.take();
+        self.retired.iter_mut().for_each(Slirp::kill);
+        received.spec = spec;
+        match start(received) {
+            Ok(slot) => {
+                self.slot = slot;
+                Some(())
+            }
+            Err(error) => {
+                let _ = wire::send(&mut self.agent, &Report::Failed(error));
+                None
+            }
+        }
     }
 }
 

@@ -83,9 +83,21 @@ pub struct CacheMount {
     pub generations: Vec<String>,
 }
 
+/// What a slot is for, which decides what its root holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Purpose {
+    /// Steps that run programs: system directories, and the job's directory to write to.
+    Work,
+    /// Export alone: no program at all. The job's directory is read-only at `/job`; what is written to `/out` lies
+    /// in `layout` beside it, where no step of a build reaches.
+    Export,
+}
+
 /// Everything a slot is made of. Paths are relative to the store directory unless said otherwise.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SlotSpec {
+    /// What it is for.
+    pub purpose: Purpose,
     /// Name of the job directory below `jobs/`.
     pub job: String,
     /// Ids of the host that the slot runs under.
@@ -117,6 +129,8 @@ pub struct SlotSpec {
 pub enum Step {
     /// Unpack the archive that was sent as a descriptor into `/job/ctx`.
     Unpack(crate::unpack::Limits),
+    /// Write an image of the stores into `/out`.
+    Export(crate::export::Order),
     /// Run one program.
     Exec {
         /// Program and arguments; the program by absolute path.
@@ -129,10 +143,12 @@ pub enum Step {
 }
 
 /// From the agent to the slot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Command {
     /// Run a step.
     Run(Step),
+    /// End every process and namespace of the slot, and make new ones over the same job directory.
+    Renew(Box<SlotSpec>),
     /// Move something of the job directory to its published place, by one rename.
     Promote {
         /// Relative to the job directory.
