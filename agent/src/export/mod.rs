@@ -78,3 +78,5 @@ fn write_file(
     file.flush().map_err(ExportError::Write)
 }
 
+#[cfg(test)]
+mod tests;

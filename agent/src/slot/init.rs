@@ -126,12 +126,12 @@ fn unpack_into(
 
 fn export(bases: usize, order: &crate::export::Order) -> i32 {
     let stores = std::iter::once("/job/root".to_owned()).chain((0..bases).map(|index| format!("/b/{index}")));
-    let opened: std::io::Result<Vec<File>> = stores.map(File::open).collect();
-    let (stores, out) = match opened.and_then(|stores| Ok((stores, File::open("/out")?))) {
+    let opened: nix::Result<Vec<_>> = stores.map(|path| open_directory(&path)).collect();
+    let (stores, out) = match opened.and_then(|stores| Ok((stores, open_directory("/out")?))) {
         Ok(opened) => opened,
         Err(error) => return complain(&format!("kiln: open the stores: {error}")),
     };
-    let stores: Vec<_> = stores.iter().map(File::as_fd).collect();
+    let stores: Vec<_> = stores.iter().map(AsFd::as_fd).collect();
     match crate::export::export(&stores, out.as_fd(), order) {
         Ok(()) => 0,
         Err(error) => {
@@ -139,6 +139,12 @@ fn export(bases: usize, order: &crate::export::Order) -> i32 {
             if error.is_the_stores_fault() { REFUSED } else { OWN_FAULT }
         }
     }
+}
+
+/// The build could have put a link in the place of `/job/root`.
+fn open_directory(path: &str) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+    nix::fcntl::open(path, flags, nix::sys::stat::Mode::empty())
 }
 
 fn exec(argv: &[String], env: &[(String, String)], limits: SlotLimits) -> i32 {
