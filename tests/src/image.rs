@@ -175,12 +175,13 @@ fn read_layer(bytes: &[u8]) -> Layer {
     let mut layer = Layer::new();
     for entry in Archive::new(bytes).entries().unwrap() {
         let mut entry = entry.unwrap();
-        let path = entry.path().unwrap().to_str().unwrap().trim_end_matches('/').to_owned();
+        let path = String::from_utf8_lossy(&entry.path_bytes()).trim_end_matches('/').to_owned();
         let mut content = Vec::new();
         entry.read_to_end(&mut content).unwrap();
         let header = entry.header();
         let kind = header.entry_type();
-        let link = entry.link_name().unwrap().map(|l| l.to_str().unwrap().to_owned()).unwrap_or_default();
+        let link =
+            entry.link_name_bytes().map(|l| String::from_utf8_lossy(&l).into_owned()).unwrap_or_default();
         let value = Entry {
             kind,
             mode: header.mode().unwrap() & 0o7777,

@@ -1,4 +1,4 @@
-//! A base image with a real TLS client: this machine's curl, what it needs, and its trusted authorities (shell).
+//! Programs for steps: this machine's curl with what it needs, and small ones made from their source (shell).
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -12,12 +12,23 @@ const CURL: &str = "/usr/bin/curl";
 /// Where Debian's family keeps them, and this machine's curl looks.
 pub const BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
 const LDD: Duration = Duration::from_secs(20);
+const CC: Duration = Duration::from_mins(1);
 
 /// busybox and curl. It trusts what this machine trusts.
 pub fn curl() -> BaseImage {
     let bundle = read(Path::new(BUNDLE));
     let layer = programs(&[CURL]).dir("etc/ssl", 0o755).dir("etc/ssl/certs", 0o755);
     BaseImage::busybox().layer(layer.file(BUNDLE.trim_start_matches('/'), 0o644, &bundle))
+}
+
+/// A C program, linked statically.
+pub fn compile(source: &str) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, program) = (dir.path().join("program.c"), dir.path().join("program"));
+    std::fs::write(&file, source).unwrap();
+    let mut cc = Command::new("cc");
+    let _ = run(cc.arg("-static").arg("-o").arg(&program).arg(&file), CC).expect_code(0);
+    read(&program)
 }
 
 /// Programs of this machine with the libraries that they load.

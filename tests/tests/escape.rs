@@ -3,15 +3,15 @@
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
 
 use kiln_tests::base::BaseImage;
 use kiln_tests::image::Image;
 use kiln_tests::kiln::Build;
 use kiln_tests::lab::{CLEAN, Lab};
 use kiln_tests::leftovers::{assert_none, assert_none_live};
-use kiln_tests::process::{Outcome, Process, Running, run, with_argument};
+use kiln_tests::process::{Outcome, Process, Running, with_argument};
 use kiln_tests::registry::{Access, PASSWORD, USER};
+use kiln_tests::tools::compile;
 use kiln_tests::tree::{Tree, containing};
 use nix::sys::signal::Signal;
 
@@ -83,16 +83,6 @@ int main(void) {
     sleep(100);
 }
 "#;
-
-/// A program, linked statically.
-fn compile(source: &str) -> Vec<u8> {
-    let dir = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
-    let (file, program) = (dir.path().join("program.c"), dir.path().join("program"));
-    std::fs::write(&file, source).unwrap_or_else(|e| panic!("{e}"));
-    let mut cc = Command::new("cc");
-    let _ = run(cc.arg("-static").arg("-o").arg(&program).arg(&file), Duration::from_mins(1)).expect_code(0);
-    std::fs::read(program).unwrap_or_else(|e| panic!("{e}"))
-}
 
 fn lab(dockerfile: &str) -> Lab {
     let lab = Lab::new();
