@@ -178,7 +178,7 @@ fn a_symlinked_source_of_a_bind_mount_leads_nowhere() {
     }
 }
 
-/// Through the link above, RUN reaches the place where the image is exported to.
+/// Through the link above, RUN reaches its slot's files: buildah's store, and where the root filesystem is written to.
 #[test]
 fn a_prepared_layout_is_not_trusted() {
     for prepare in [
@@ -189,6 +189,9 @@ fn a_prepared_layout_is_not_trusted() {
         "mkdir image; chmod 0 image",
         "mkdir -p image/manifest.json/x",
         "rm -rf ../export; ln -s /etc ../export",
+        "mkdir ../layout; ln -s CANARY ../layout/manifest.json; ln -s ../job ../layout2",
+        "rm -rf ../root/overlay-images; ln -s / ../root/overlay-images",
+        "mv ../root ../moved; ln -s moved ../root",
         "ln -s CANARY ../run/image-id; mkfifo ../run/image-id",
     ] {
         let lab = Lab::new();
@@ -240,8 +243,10 @@ fn a_device_cannot_be_made() {
 /// A daemon that survives its step must not: what is exported was written after its death.
 #[test]
 fn nobody_is_left_to_swap_a_blob() {
-    let lab = lab("FROM busybox:1\nRUN echo x > /x; setsid sh -c 'while :; do for f in /job/export/*/* \
-         /proc/[0-9]*/root/job/export/*/*; do echo swapped > $f; done; done' >/dev/null 2>&1 </dev/null &\n");
+    let lab = lab(
+        "FROM busybox:1\nRUN echo x > /x; setsid sh -c 'while :; do for f in /job/root/overlay-*/*/* \
+         /proc/[0-9]*/root/job/root/overlay-*/*/*; do echo swapped > $f; done; done' >/dev/null 2>&1 </dev/null &\n",
+    );
     let out = lab.path("out");
     let _ = lab.build().arg(format!("--output=dir:{}", out.display())).run().expect_code(0);
     // The reader verifies every digest.
