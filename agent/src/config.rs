@@ -92,6 +92,9 @@ pub struct DataConfig {
     /// Content of cache mounts above this starts afresh.
     #[serde(deserialize_with = "bytes")]
     pub max_cache_bytes: u64,
+    /// Layer caches above this are deleted, least recently used first.
+    #[serde(deserialize_with = "bytes")]
+    pub max_layer_cache_bytes: u64,
 }
 
 /// `[logs]`.
@@ -130,7 +133,12 @@ impl Default for LimitConfig {
 
 impl Default for DataConfig {
     fn default() -> Self {
-        Self { min_free: 2 * GIB, max_bytes: 50 * GIB, max_cache_bytes: 10 * GIB }
+        Self {
+            min_free: 2 * GIB,
+            max_bytes: 50 * GIB,
+            max_cache_bytes: 10 * GIB,
+            max_layer_cache_bytes: 20 * GIB,
+        }
     }
 }
 
@@ -327,7 +335,7 @@ mod tests {
         for (section, keys) in [
             ("build", &["timeout", "grace", "network", "ca", "proxy", "limits"][..]),
             ("network", &["allow"]),
-            ("data", &["min_free", "max_bytes", "max_cache_bytes"]),
+            ("data", &["min_free", "max_bytes", "max_cache_bytes", "max_layer_cache_bytes"]),
             ("logs", &["max_bytes", "keep"]),
         ] {
             let found = table[section].as_table().unwrap();

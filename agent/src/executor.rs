@@ -5,6 +5,7 @@
 
 mod failure;
 mod image;
+mod layers;
 mod log;
 mod prepare;
 
@@ -23,6 +24,7 @@ use crate::caches::{CacheLease, NewContent};
 use crate::dockerfile::{BuildInput, Dockerfile};
 use crate::error::chain;
 use crate::housekeeping;
+use crate::layers::{LayerCache, LayerLease};
 use crate::registry::{Credentials, ResolvedImage};
 use crate::seal::Sealed;
 use crate::slot::Slot;
@@ -96,6 +98,8 @@ pub struct Order {
     pub request: BuildRequest,
     /// What travels beside the request.
     pub inputs: BuildInputs,
+    /// Layers of earlier builds; without one, every instruction runs and leaves nothing to others.
+    pub layers: Option<LayerCache>,
 }
 
 /// Runs a build to its end. Never fails by itself: what goes wrong is in the result.
@@ -130,6 +134,9 @@ struct Run {
     job: Job,
     request: BuildRequest,
     inputs: BuildInputs,
+    layer_cache: Option<LayerCache>,
+    /// The layer cache in use.
+    layers: Option<LayerLease>,
     events: mpsc::Sender<Event>,
     stop: StopSignal,
     blobs: crate::blobs::BlobStore,
@@ -172,7 +179,7 @@ impl Run {
         events: mpsc::Sender<Event>,
         stop: StopSignal,
     ) -> Result<Self, crate::state::StateError> {
-        let Order { build, job, request, inputs } = order;
+        let Order { build, job, request, inputs, layers } = order;
         let blobs = crate::blobs::BlobStore::of_one_build(job.dir())?;
         let (phase, phase_began) = (Phase::Plan, Instant::now());
         Ok(Self {
@@ -181,6 +188,8 @@ impl Run {
             job,
             request,
             inputs,
+            layer_cache: layers,
+            layers: None,
             events,
             stop,
             blobs,
@@ -209,7 +218,9 @@ impl Run {
             Ok(built) => (Ok(built.image.image.clone()), Some(built.image), built.root_filesystem),
             Err(failure) => (Err(failure), None, None),
         };
-        let result = BuildResult { build_id: self.build, outcome, phases: self.phases, log: log.summary };
+        let steps = self.layers.is_some().then_some(log.steps);
+        let result =
+            BuildResult { build_id: self.build, outcome, phases: self.phases, log: log.summary, steps };
         let last_lines = log.last_lines;
         Finished { result, image, root_filesystem, blobs: self.blobs, last_lines, _job: self.job }
     }
@@ -251,6 +262,7 @@ impl Run {
         self.check_triggers(&bases).await?;
         self.enter(Phase::Slot).await;
         let cache = self.cache(&planned, &bases).await?;
+        self.layers = self.lease_layers(&planned, &bases).await?;
         let mut slot = match self.open_slot(&bases, cache.as_ref(), log).await {
             Ok(slot) => slot,
             Err(failure) => {
@@ -259,8 +271,9 @@ impl Run {
             }
         };
         let built = self.in_slot(&mut slot, &planned, &bases, cache).await;
-        if built.is_ok() {
-            self.enter(Phase::Clean).await;
+        match &built {
+            Ok(_) => self.enter(Phase::Clean).await,
+            Err(failure) => self.doubt_layers(failure).await,
         }
         let finished = slot.finish().await;
         if finished.is_err() {
@@ -301,6 +314,7 @@ impl Run {
         if let Some(content) = content {
             self.keep_cache(slot, content).await;
         }
+        self.keep_layers(slot, bases).await;
         Ok(built)
     }
 

@@ -11,6 +11,7 @@ use kiln_protocol::{BuildId, Digest};
 use crate::agent::Agent;
 use crate::bases::{self, BaseRecord, Bases};
 use crate::caches;
+use crate::layers;
 use crate::logs::spool;
 use crate::slot::wire::Command;
 use crate::slot::{Slot, SlotFiles, SlotLost};
@@ -40,6 +41,8 @@ pub struct Pruned {
     pub bases: usize,
     /// Generations of cache mounts.
     pub cache_generations: usize,
+    /// Generations of layer caches.
+    pub layer_generations: usize,
     /// Logs.
     pub logs: usize,
     /// Bytes of blobs.
@@ -102,7 +105,7 @@ pub(crate) async fn remove(agent: &Agent, paths: Vec<String>) -> Result<(), Hous
     removed?.map_err(HousekeepingError::Remove)
 }
 
-/// Deletes old logs, unused cache generations, and base images: all that nothing uses, or as many of the
+/// Deletes old logs, unused generations of caches, and base images: all that nothing uses, or as many of the
 /// least recently used ones as bring the data directory below `data.max_bytes`.
 pub async fn prune(agent: &Agent, all: bool) -> Result<Pruned, HousekeepingError> {
     let mut pruned = Pruned { logs: old_logs(agent, all)?, ..Pruned::default() };
@@ -112,18 +115,27 @@ pub async fn prune(agent: &Agent, all: bool) -> Result<Pruned, HousekeepingError
     // The locks are held until the files are gone.
     let generations = caches::unused_generations(&agent.state).await?;
     pruned.cache_generations = generations.len();
+    let layers = unused_layers(agent, all).await?;
+    pruned.layer_generations = layers.len();
     let mut doomed = doomed_bases(agent, all)?;
     doomed.extend(stray_bases(agent)?);
     pruned.bases = doomed.len();
     let paths = generations.iter().map(|generation| generation.path.clone());
+    let paths = paths.chain(layers.iter().map(|generation| generation.path.clone()));
     let paths: Vec<String> =
         paths.chain(doomed.iter().map(|base| bases::store_name(&base.manifest))).collect();
     if !paths.is_empty() {
         remove(agent, paths).await?;
     }
+    layers.into_iter().for_each(layers::Unused::forget);
     drop((doomed, generations));
     pruned.blob_bytes = unreferenced_blobs(agent)?;
     Ok(pruned)
+}
+
+async fn unused_layers(agent: &Agent, all: bool) -> Result<Vec<layers::Unused>, StateError> {
+    let bytes = if all { 0 } else { agent.config.data.max_layer_cache_bytes };
+    layers::unused(&agent.state, layers::Limits { bytes, now: crate::time::now().as_secs() }).await
 }
 
 /// A base that nobody uses; the lock keeps it so.

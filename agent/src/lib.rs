@@ -13,6 +13,7 @@ pub mod executor;
 pub mod hooks;
 pub mod export;
 pub mod housekeeping;
+pub mod layers;
 pub mod logs;
 pub mod output;
 pub mod plan;

@@ -47,16 +47,39 @@ pub struct PlanInput<'a> {
     pub forced_args: &'a BTreeMap<String, String>,
     /// Open files of one process in RUN; buildah's own default is 1024.
     pub open_files: u64,
-    /// Number of base stores mounted at `/b/0` ….
-    pub base_stores: usize,
+    /// Number of read-only image stores mounted at `/b/0` …: of base images, then of cached layers.
+    pub stores: usize,
+    /// What is done about layers.
+    pub layers: Layers,
     /// Ids of the secrets that were given.
     pub secret_ids: &'a [String],
     /// Files of RUN's root that show the operator's CA bundle.
     pub ca_targets: &'a [String],
 }
 
+/// What a build makes layers for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layers {
+    /// One for the whole stage: no other build is to find them.
+    One,
+    /// One for each instruction, all made anew.
+    New,
+    /// One for each instruction, those that are found taken over.
+    Cached,
+}
+
+impl Layers {
+    const fn flags(self) -> &'static [&'static str] {
+        match self {
+            Self::One => &["--layers=false"],
+            Self::New => &["--layers=true", "--no-cache"],
+            Self::Cached => &["--layers=true"],
+        }
+    }
+}
+
 /// Options that every call of one job shares.
-fn common(base_stores: usize, names: bool) -> Vec<String> {
+fn common(stores: usize, names: bool) -> Vec<String> {
     let mut argv = vec![
         BUILDAH.to_owned(),
         "--storage-driver=overlay".to_owned(),
@@ -66,13 +89,13 @@ fn common(base_stores: usize, names: bool) -> Vec<String> {
     if names {
         argv.push(format!("--storage-opt=overlay.imagestore={}", path::NAMES));
     }
-    argv.extend((0..base_stores).map(|index| format!("--storage-opt=overlay.imagestore=/b/{index}")));
+    argv.extend((0..stores).map(|index| format!("--storage-opt=overlay.imagestore=/b/{index}")));
     argv
 }
 
 /// `buildah build`.
 pub fn build(input: &PlanInput<'_>) -> Vec<String> {
-    let mut argv = common(input.base_stores, true);
+    let mut argv = common(input.stores, true);
     argv.extend(
         [
             "build",
@@ -81,11 +104,11 @@ pub fn build(input: &PlanInput<'_>) -> Vec<String> {
             "--cap-drop=CAP_SYS_CHROOT",
             "--cap-drop=CAP_MKNOD",
             "--pull=never",
-            "--layers=false",
             "--jobs=1",
         ]
         .map(str::to_owned),
     );
+    argv.extend(input.layers.flags().iter().map(|&flag| flag.to_owned()));
     argv.push(format!("--ulimit=nofile={0}:{0}", input.open_files));
     argv.push(format!("--format={}", format_name(input.request.format)));
     argv.push(format!("--logfile={}", path::LOG));
@@ -169,13 +192,18 @@ mod tests {
     }
 
     fn built(request: &BuildRequest) -> Vec<String> {
+        built_with(request, Layers::One)
+    }
+
+    fn built_with(request: &BuildRequest, layers: Layers) -> Vec<String> {
         let forced = BTreeMap::from([("A".to_owned(), "default".to_owned())]);
         build(&PlanInput {
             request,
             target: Some("0"),
             forced_args: &forced,
             open_files: 65_536,
-            base_stores: 2,
+            stores: 2,
+            layers,
             secret_ids: &["token".to_owned()],
             ca_targets: &["/etc/ssl/certs/ca-certificates.crt".to_owned()],
         })
@@ -194,8 +222,8 @@ build
 --cap-drop=CAP_SYS_CHROOT
 --cap-drop=CAP_MKNOD
 --pull=never
---layers=false
 --jobs=1
+--layers=false
 --ulimit=nofile=65536:65536
 --format=docker
 --logfile=/proc/self/fd/1
@@ -219,11 +247,24 @@ build
         assert_eq!(built(&request()).join("\n"), GOLDEN);
     }
 
+    #[test]
+    fn layers_are_made_and_taken_over_only_where_asked_for() {
+        for (layers, flags) in [
+            (Layers::New, &["--layers=true", "--no-cache"][..]),
+            (Layers::Cached, &["--layers=true"]),
+            (Layers::One, &["--layers=false"]),
+        ] {
+            let argv = built_with(&request(), layers);
+            let found = argv.iter().filter(|a| a.starts_with("--layers") || *a == "--no-cache");
+            assert!(found.eq(flags), "{layers:?}");
+        }
+    }
+
     /// Debian 12 has 1.28.2; upstream was at 1.44 when this was written. The flags of both are the same,
     /// because none that came or changed between the two is used.
     #[test]
     fn no_flag_is_newer_than_the_oldest_supported_version_or_gone_from_a_current_one() {
-        const SINCE_1_26_AND_IN_1_44: [&str; 18] = [
+        const SINCE_1_26_AND_IN_1_44: [&str; 19] = [
             "build-arg",
             "cap-drop",
             "file",
@@ -235,6 +276,7 @@ build
             "label",
             "layers",
             "logfile",
+            "no-cache",
             "output",
             "pull",
             "secret",
@@ -243,7 +285,7 @@ build
             "ulimit",
             "volume",
         ];
-        let argv = built(&request());
+        let argv = built_with(&request(), Layers::New);
         let flags = argv.iter().skip_while(|a| *a != "build").skip(1).filter_map(|a| a.strip_prefix("--"));
         for flag in flags.filter(|f| !f.is_empty()) {
             let name = flag.split('=').next().unwrap();

@@ -6,6 +6,7 @@
 //!   blobs/sha256/        content by digest: layers, manifests and configs of base images
 //!   bases/               one description and one lock per base image
 //!   caches/              heads and locks of cache mounts
+//!   layers/              heads and locks of layer caches
 //!   jobs/ID/             lock, context archive: one directory per running build
 //!   logs/ID.log          finished and running logs
 //!   store/               0777 inside the 0700: everything below is written by slots, under other uids
@@ -14,6 +15,7 @@
 //!     in/                layouts for import
 //!     base/HEX/          read-only image stores, published by rename
 //!     cache/KEY/N/       generations of cache mounts, published by rename
+//!     layers/N/          generations of layer caches, published by rename
 //! ```
 //! Several processes share one data directory. A lock says that something is in use; the kernel frees it
 //! with the last process that holds it, so a lock that can be taken means that nobody is left.
@@ -28,9 +30,10 @@ use kiln_protocol::BuildId;
 use crate::blobs::BlobStore;
 
 /// The agent's own directories.
-const PRIVATE: [&str; 4] = ["bases", "caches", "jobs", "logs"];
+const PRIVATE: [&str; 5] = ["bases", "caches", "layers", "jobs", "logs"];
 /// Directories that slots write to under subordinate uids.
-const SHARED: [&str; 6] = ["store", "store/mnt", "store/jobs", "store/base", "store/cache", "store/in"];
+const SHARED: [&str; 7] =
+    ["store", "store/mnt", "store/jobs", "store/base", "store/cache", "store/layers", "store/in"];
 
 /// Says that a directory is ours; holds the version of its layout.
 const MARKER: &str = "kiln-data";

@@ -57,7 +57,7 @@ pub(crate) struct BuildArgs {
     /// Stage to build
     #[arg(long, value_name = "STAGE")]
     pub(crate) target: Option<String>,
-    /// Accepted for Docker's sake: there is no layer cache yet
+    /// Run every instruction, and keep the new layers in place of the cached ones
     #[arg(long)]
     pub(crate) no_cache: bool,
     /// Accepted for Docker's sake: every build asks the registry for the present digest of its base images
@@ -210,8 +210,8 @@ const REFUSED: &[(&str, &str)] = &[
     ),
     ("--load", "Kiln has no daemon to load into; use -o docker-archive:FILE, then `docker load -i FILE`"),
     ("--ssh", "no agent socket reaches a sealed slot; give a deploy key with --secret id=NAME,src=FILE"),
-    ("--cache-from", "there is no layer cache yet; RUN --mount=type=cache keeps content between builds"),
-    ("--cache-to", "there is no layer cache yet; RUN --mount=type=cache keeps content between builds"),
+    ("--cache-from", "layers are kept on this machine by themselves; leave the flag out"),
+    ("--cache-to", "layers are kept on this machine by themselves; leave the flag out"),
     ("--build-context", "use a stage or an image with COPY --from"),
     ("--builder", "Kiln has no builder instances; leave the flag out"),
     ("--add-host", "use a name server, or write /etc/hosts in the RUN that needs it"),
@@ -236,7 +236,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("--compress", "contexts do not travel to a daemon; leave the flag out"),
     ("--call", "use `kiln check`"),
     ("--check", "use `kiln check`"),
-    ("--no-cache-filter", "there is no layer cache yet; leave the flag out"),
+    ("--no-cache-filter", "use --no-cache, which is for all stages"),
 ];
 
 /// What to use instead of a flag that Docker has and Kiln refuses.
@@ -266,7 +266,7 @@ mod tests {
 
     #[test]
     fn refused_flags_have_a_substitute_also_with_a_value() {
-        assert!(substitute("--cache-from=x").unwrap().contains("layer cache"));
+        assert!(substitute("--cache-from=x").unwrap().contains("layers are kept"));
         assert!(substitute("--nonsense").is_none());
     }
 }

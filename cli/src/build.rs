@@ -13,6 +13,7 @@ use kiln_agent::dockerfile::Dockerfile;
 use kiln_agent::error::chain;
 use kiln_agent::executor::{self, BuildInputs, Event, Finished};
 use kiln_agent::housekeeping;
+use kiln_agent::layers::{LayerCache, LayerKey, Reuse};
 use kiln_agent::output::{self, OutputSpec};
 use kiln_agent::registry::{Credentials, RegistryConfig};
 use kiln_agent::seal::Sealed;
@@ -37,6 +38,8 @@ const EVENT_BUFFER: usize = 1024;
 const LARGE_CONTEXT_BYTES: u64 = 100 * 1024 * 1024;
 /// Then whoever does not read does not want to.
 const SHOW_AFTER_STOP: Duration = Duration::from_secs(1);
+/// The namespace and the trust of what one person builds in one data directory.
+const LOCAL: &str = "local";
 /// Exit code of a cancelled command.
 const CANCELLED: u8 = 130;
 /// Exit code when a registry does not let us in.
@@ -136,7 +139,8 @@ async fn execute(plan: Plan, mut stop: StopSignal) -> Result<u8, Exit> {
     };
     let (events, receiver) = mpsc::channel(EVENT_BUFFER);
     let Prepared { build, job, inputs } = prepared;
-    let order = executor::Order { build, job, request: plan.request.clone(), inputs };
+    let layers = Some(layer_cache(&plan.args));
+    let order = executor::Order { build, job, request: plan.request.clone(), inputs, layers };
     let signal = stop.clone();
     let work = executor::run(Arc::clone(&agent), order, events, stop);
     let printing = print(plan.printer, receiver);
@@ -145,6 +149,17 @@ async fn execute(plan: Plan, mut stop: StopSignal) -> Result<u8, Exit> {
     // On a thread of its own, so that a signal can stop the writing.
     let concluding = tokio::task::spawn_blocking(move || conclude(&plan, &agent, &finished, &signal, clock));
     concluding.await.map_err(|e| Exit::system(format!("write the outputs: {e}")))?
+}
+
+/// All builds of one data directory trust each other, as far as cached content goes.
+fn layer_cache(args: &BuildArgs) -> LayerCache {
+    let key = LayerKey {
+        namespace: LOCAL.to_owned(),
+        repository: String::new(),
+        target: args.target.clone().unwrap_or_default(),
+        trust: LOCAL.to_owned(),
+    };
+    LayerCache { key, reuse: if args.no_cache { Reuse::Nothing } else { Reuse::Cached } }
 }
 
 /// On a thread of its own: a terminal that does not read must not make us deaf to signals.
@@ -345,6 +360,7 @@ fn write_metadata(
     if let Some(path) = &plan.args.metadata_file {
         let mut metadata = output::metadata(&finished.result.build_id, Some(sealed), phases);
         metadata["kiln.log"] = serde_json::json!(finished.result.log);
+        metadata["kiln.cache"] = serde_json::json!(finished.result.steps);
         output::write_text(path, &format!("{metadata:#}\n")).map_err(|e| output_failed(&e))?;
     }
     Ok(())

@@ -58,6 +58,9 @@ impl Printer {
         let seconds = std::time::Duration::from_millis(spent).as_secs_f32();
         terminal::say(&format!("image {} ({} bytes, {seconds:.1} s)", image.config_digest, image.size));
         terminal::say(&format!("manifest {}", image.manifest_digest));
+        if let Some(steps) = result.steps {
+            terminal::say(&format!("cached {}/{} steps", steps.cached, steps.total));
+        }
         for target in written {
             terminal::say(&format!("wrote {target}"));
         }

@@ -22,7 +22,7 @@ fn report(reclaimed: usize, pruned: &Pruned) {
     terminal::out(&format!("deleted {reclaimed} jobs of killed builds"));
     terminal::out(&format!("deleted {} base images and {} bytes of blobs", pruned.bases, pruned.blob_bytes));
     terminal::out(&format!(
-        "deleted {} generations of cache mounts and {} logs",
-        pruned.cache_generations, pruned.logs
+        "deleted {} generations of cache mounts, {} of layers, and {} logs",
+        pruned.cache_generations, pruned.layer_generations, pruned.logs
     ));
 }

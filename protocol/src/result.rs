@@ -106,6 +106,17 @@ pub struct LogSummary {
     pub sha256: Digest,
 }
 
+/// How much of a build was taken over from earlier ones.
+///
+/// Counted from what buildah prints, where a RUN can print the same: for people, not for decisions.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Steps {
+    /// Instructions whose result was found in the layer cache.
+    pub cached: u32,
+    /// Instructions without FROM.
+    pub total: u32,
+}
+
 /// An image whose bytes lie hashed in the agent's blob store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SealedImage {
@@ -139,4 +150,6 @@ pub struct BuildResult {
     pub phases: Vec<PhaseDuration>,
     /// The log in numbers.
     pub log: LogSummary,
+    /// What came from the layer cache, if there was one.
+    pub steps: Option<Steps>,
 }

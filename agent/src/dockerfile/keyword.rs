@@ -98,6 +98,11 @@ impl Keyword {
         matches!(self, Self::Add | Self::Copy | Self::From | Self::Healthcheck | Self::Run)
     }
 
+    /// Whether the instruction can change files.
+    pub(super) const fn may_make_a_layer(self) -> bool {
+        matches!(self, Self::Add | Self::Copy | Self::Run | Self::Workdir)
+    }
+
     /// Whether the instruction may carry a here-document.
     pub(super) const fn takes_heredoc(self) -> bool {
         matches!(self, Self::Add | Self::Copy | Self::Run)

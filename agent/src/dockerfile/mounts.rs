@@ -188,12 +188,22 @@ impl Dockerfile {
 
     /// Whether any RUN of the file, needed or not, has a cache mount.
     pub fn uses_cache_mounts(&self) -> bool {
-        self.instructions
-            .iter()
-            .map(|instruction| instruction.trigger.as_deref().unwrap_or(instruction))
-            .flat_map(|instruction| &instruction.flags)
-            .filter_map(|flag| flag.strip_prefix("--mount="))
-            .any(|mount| mount.split(',').any(|field| field == "type=cache"))
+        self.mount_texts().any(|mount| mount.split(',').any(|field| field == "type=cache"))
+    }
+
+    /// Whether any RUN of the file, needed or not, mounts the context, a stage or an image: buildah does not look
+    /// at what such a mount shows when it looks for a cached layer (seen with 1.28.2).
+    pub fn uses_bind_mounts(&self) -> bool {
+        let is_bind = |mount: &str| {
+            let kind = mount.split(',').find_map(|field| field.strip_prefix("type="));
+            kind.is_none_or(|kind| kind == "bind") || mount.split(',').any(|field| field.starts_with("from="))
+        };
+        self.mount_texts().any(is_bind)
+    }
+
+    fn mount_texts(&self) -> impl Iterator<Item = &str> {
+        let instructions = self.instructions.iter().map(|i| i.trigger.as_deref().unwrap_or(i));
+        instructions.flat_map(|i| &i.flags).filter_map(|flag| flag.strip_prefix("--mount="))
     }
 }
 
@@ -222,6 +232,23 @@ mod tests {
         let found = Dockerfile::parse(text).unwrap().bind_sources(&input(&none)).unwrap();
         let found: Vec<_> = found.iter().map(|source| (source.line, source.path.as_str())).collect();
         assert_eq!(found, [(3, "."), (4, "src/b"), (6, "t"), (6, "t"), (8, "src")]);
+    }
+
+    #[test]
+    fn mounts_that_show_something_are_found() {
+        for (mount, binds) in [
+            ("target=/x", true),
+            ("type=bind,from=a,target=/x", true),
+            ("type=cache,from=a,target=/x", true),
+            ("type=cache,target=/x", false),
+            ("type=secret,id=x", false),
+            ("type=tmpfs,target=/x", false),
+        ] {
+            for trigger in ["", "ONBUILD "] {
+                let text = format!("FROM x\nRUN a\n{trigger}RUN --mount={mount} b\n");
+                assert_eq!(Dockerfile::parse(&text).unwrap().uses_bind_mounts(), binds, "{text}");
+            }
+        }
     }
 
     #[test]

@@ -105,6 +105,28 @@ impl Dockerfile {
         lines
     }
 
+    /// The most layers that an image of this build can have if every instruction makes its own, on bases with
+    /// `of_bases` layers and triggers at most.
+    pub fn most_layers(&self, of_bases: usize) -> usize {
+        let mut layers: Vec<usize> = Vec::new();
+        for stage in &self.stages {
+            // A base with a variable may be any earlier stage. Its triggers count here again.
+            let below = self.stages[..stage.index].iter().zip(&layers);
+            let may_be = |other: &Stage| {
+                stage.base.contains('$') || other.buildah_name().eq_ignore_ascii_case(&stage.base)
+            };
+            let below = below.filter(|(other, _)| may_be(other));
+            let below = below.map(|(other, count)| count + self.triggers_of(other)).max().unwrap_or(0);
+            let own = self.instructions_of(stage).iter().filter(|i| i.keyword.may_make_a_layer()).count();
+            layers.push(below.max(of_bases) + own);
+        }
+        layers.into_iter().max().unwrap_or(of_bases)
+    }
+
+    fn triggers_of(&self, stage: &Stage) -> usize {
+        self.instructions_of(stage).iter().filter(|i| i.trigger.is_some()).count()
+    }
+
     /// The stage to build. Like Docker, and unlike buildah, this takes a name in any case and a number; give
     /// buildah the stage's [`Stage::buildah_name`].
     pub fn target(&self, target: Option<&str>) -> Result<&Stage, DockerfileError> {
@@ -287,6 +309,18 @@ fn number(name: &str) -> Option<usize> {
 mod tests {
     use super::super::tests::{BUILDAH_1_28, args, input};
     use super::*;
+
+    #[test]
+    fn layers_are_counted_along_stages() {
+        for (text, expected) in [
+            ("FROM a\nRUN x\nENV A=b\nCOPY a /\nWORKDIR /x\n", 13),
+            ("FROM a AS one\nRUN x\nRUN y\nFROM one\nRUN x\nFROM b\nRUN x\n", 13),
+            ("FROM a AS one\nRUN x\nONBUILD RUN y\nFROM $B\nRUN x\n", 13),
+            ("FROM scratch\n", 10),
+        ] {
+            assert_eq!(Dockerfile::parse(text).unwrap().most_layers(10), expected, "{text}");
+        }
+    }
 
     #[test]
     fn cuts_stages() {

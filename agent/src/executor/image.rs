@@ -8,12 +8,12 @@ use kiln_protocol::result::Failure;
 use kiln_protocol::{Digest, Reason};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
-use super::prepare::store_names;
 use super::{Attempt, Built, Named, Planned, Run};
 use crate::error::chain;
 use crate::export::Order;
 use crate::housekeeping;
-use crate::plan::{self, PlanInput};
+use crate::layers::LayerLease;
+use crate::plan::{self, Layers, PlanInput};
 use crate::seal::{self, BaseLayer, SealLimits, SealOptions};
 use crate::slot::wire::{Exit, Purpose, SlotSpec, Step};
 use crate::slot::{REFUSED, Slot};
@@ -41,7 +41,8 @@ impl Run {
             target: planned.target.as_deref(),
             forced_args: &planned.forced_args,
             open_files: self.agent.config.build.limits.slot().open_files,
-            base_stores: store_names(bases).len(),
+            stores: self.image_stores(bases).len(),
+            layers: self.layers.as_ref().map_or(Layers::One, LayerLease::plan),
             secret_ids: &ids,
             ca_targets: &ca_targets,
         };
@@ -105,7 +106,7 @@ impl Run {
         self.share_layers(&layers)?;
         let fresh = SlotSpec {
             purpose: Purpose::Export,
-            stores: store_names(bases),
+            stores: self.image_stores(bases),
             ..self.agent.bare_slot(self.job.name())
         };
         slot.renew(fresh).await.map_err(|e| self.lost(&e))?;

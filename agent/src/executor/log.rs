@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use kiln_protocol::Reason;
-use kiln_protocol::result::{Failure, LogSummary};
+use kiln_protocol::result::{Failure, LogSummary, Steps};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 use super::{Attempt, Event, Run};
 use crate::config::ProxyConfig;
 use crate::error::chain;
-use crate::logs::display::parse_step;
+use crate::logs::display::{is_cache_hit, parse_step};
 use crate::logs::redact::{MIN_SECRET_BYTES, Redactor, SecretValue};
 use crate::logs::spool::{Limits, Spool};
 use crate::logs::{LogPipeline, LogStream};
@@ -41,11 +41,13 @@ struct Read {
     summary: LogSummary,
     last_lines: Vec<String>,
     last_step: Option<String>,
+    steps: Steps,
 }
 
 impl Read {
     fn nothing() -> Self {
-        Self { summary: super::empty_log(), last_lines: Vec::new(), last_step: None }
+        let steps = Steps::default();
+        Self { summary: super::empty_log(), last_lines: Vec::new(), last_step: None, steps }
     }
 }
 
@@ -56,14 +58,19 @@ pub(super) struct Ended {
     /// The instruction that buildah announced last. A RUN can print such a line too: it is shown, and decides
     /// nothing.
     pub(super) last_step: Option<String>,
+    pub(super) steps: Steps,
     redactor: Option<Redactor>,
 }
 
 impl Ended {
     /// The log of a build that never came to print.
     pub(super) fn nothing() -> Self {
-        let Read { summary, last_lines, last_step } = Read::nothing();
-        Self { summary, last_lines, last_step, redactor: None }
+        Self::new(Read::nothing(), None)
+    }
+
+    fn new(read: Read, redactor: Option<Redactor>) -> Self {
+        let Read { summary, last_lines, last_step, steps } = read;
+        Self { summary, last_lines, last_step, steps, redactor }
     }
 
     /// What ended a command silently is told by a line of the log: good enough for a hint, not for a reason.
@@ -127,11 +134,11 @@ impl Log {
             tracing::error!(%error, "the log did not end; its numbers are lost");
             Read::nothing()
         };
-        let Read { summary, last_lines, last_step } = match read {
+        let read = match read {
             Ok(read) => read.unwrap_or_else(|error| failed(&error)),
             Err(error) => failed(&error),
         };
-        Ended { summary, last_lines, last_step, redactor: Some(self.redactor) }
+        Ended::new(read, Some(self.redactor))
     }
 }
 
@@ -143,10 +150,14 @@ fn read(
     stop: &StopSignal,
 ) -> Read {
     let mut last_step = None;
+    let mut steps = Steps::default();
     let observer = |line: &crate::logs::LogLine<'_>| {
         if let Some(step) = parse_step(&line.text) {
+            steps.total = steps.total.saturating_add(u32::from(!step.is_from()));
             last_step = Some(step.text.to_owned());
         }
+        // More hits than steps are something that a RUN printed.
+        steps.cached = (steps.cached + u32::from(is_cache_hit(&line.text))).min(steps.total);
         deliver(events, stop, Event::Line(line.text.clone().into_owned()));
     };
     let mut pipeline = LogPipeline::new(redactor, spool, observer);
@@ -170,7 +181,7 @@ fn read(
         // The build goes on without its log, and the watcher is told.
         deliver(events, stop, Event::Note(format!("the log is incomplete: {}", chain(fault))));
     }
-    Read { summary: report.summary, last_lines, last_step }
+    Read { summary: report.summary, last_lines, last_step, steps }
 }
 
 /// Waits for a watcher that is slow, but not once the build is to stop. The spool has the line in any case.

@@ -246,7 +246,7 @@ impl Run {
             network: self.request.network,
             blocked,
             allowed: config.network.allow.clone(),
-            stores: store_names(bases),
+            stores: self.image_stores(bases),
             cache: cache.map(CacheLease::mount),
             files: self.slot_files(bases)?,
             ..self.agent.bare_slot(self.job.name())

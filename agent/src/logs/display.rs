@@ -162,6 +162,21 @@ pub fn parse_step(line: &str) -> Option<Step<'_>> {
     Some(Step { stage, number, total, text: text.trim_end() })
 }
 
+impl Step<'_> {
+    /// Whether it begins a stage.
+    pub fn is_from(&self) -> bool {
+        self.text.split_whitespace().next().is_some_and(|word| word.eq_ignore_ascii_case("from"))
+    }
+}
+
+/// Reads `--> Using cache ID`. For display only, as [`parse_step`].
+pub fn is_cache_hit(line: &str) -> bool {
+    /// Characters of an image id.
+    const ID_CHARS: usize = 64;
+    let id = line.trim_end().strip_prefix("--> Using cache ");
+    id.is_some_and(|id| id.len() == ID_CHARS && id.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
 /// `n/m` with 1 ≤ n ≤ m.
 fn fraction(text: &str) -> Option<(u32, u32)> {
     let (number, total) = text.split_once('/')?;
@@ -175,6 +190,18 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn cached_steps_are_recognised() {
+        let id = "0a".repeat(32);
+        assert!(is_cache_hit(&format!("--> Using cache {id}")));
+        for line in [format!("--> Using cache {id}0"), format!("x --> Using cache {id}"), format!("--> {id}")]
+        {
+            assert!(!is_cache_hit(&line), "{line}");
+        }
+        assert!(parse_step("STEP 1/2: from x AS y").unwrap().is_from());
+        assert!(!parse_step("STEP 2/2: RUN from").unwrap().is_from());
+    }
 
     #[test]
     fn nothing_that_a_terminal_obeys_is_left() {
