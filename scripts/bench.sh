@@ -1,7 +1,8 @@
 #!/bin/sh
-# What Kiln adds to the same calls of buildah by hand, with the release binary. Figures: docs/performance.md.
+# What Kiln adds to the same calls of buildah by hand, and what its layer cache saves, with the release binary.
+# Figures: docs/performance.md.
 set -eu
 cd "$(dirname "$0")/.."
 cargo build --locked --release --package=kiln --bin=kiln
 target=$(cargo metadata --format-version=1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
-KILN_BIN=$target/release/kiln cargo bench --locked --package=kiln-tests --bench=overhead
+KILN_BIN=$target/release/kiln cargo bench --locked --package=kiln-tests --bench=overhead --bench=cache

@@ -78,7 +78,13 @@ fn timed(work: impl FnOnce()) -> f64 {
 
 fn by_kiln(lab: &Lab) {
     let output = format!("dir:{}", lab.path("kiln-layout").display());
-    let build = lab.build().arg("--output").arg(output).arg("--metadata-file").arg(lab.path("metadata.json"));
+    let build = lab
+        .build()
+        .arg("--no-cache")
+        .arg("--output")
+        .arg(output)
+        .arg("--metadata-file")
+        .arg(lab.path("metadata.json"));
     let _ = build.run().expect_code(0);
 }
 

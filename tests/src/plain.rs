@@ -55,7 +55,7 @@ impl Plain {
     pub fn build(&self, format: &str, dockerfile: &Path, context: &Path, flags: &[String]) -> Outcome {
         let mut command = self.buildah();
         command.arg("bud").arg("--signature-policy").arg(self.dir.join("policy.json"));
-        command.args(["--isolation", "chroot", "--layers=false", "--format", format]);
+        command.args(["--isolation", "chroot", "--layers=true", "--no-cache", "--format", format]);
         command.args(["--cap-drop", "CAP_SYS_CHROOT", "--cap-drop", "CAP_MKNOD"]);
         command.arg("--iidfile").arg(self.dir.join("id")).args(flags);
         command.arg("--file").arg(dockerfile).arg("--").arg(context);

@@ -590,7 +590,7 @@ fn a_failed_build_keeps_the_old_cache() {
          echo x >> /cache/rounds && cp /cache/rounds /rounds && $END\n");
     has_content(&lab.image(&[]), "rounds", "x\n");
     let _ = lab.fails(&["--build-arg=END=false"], 1);
-    has_content(&lab.image(&[]), "rounds", "x\nx\n");
+    has_content(&lab.image(&["--no-cache"]), "rounds", "x\nx\n");
 }
 
 #[test]

@@ -47,8 +47,9 @@ impl Place {
         self.lab.dockerfile(&format!("FROM busybox:1\nCOPY script /script\nRUN {mount} sh /script\n"));
     }
 
+    /// Every instruction runs: this is about what the mounts keep.
     fn build(&self) -> kiln_tests::kiln::Kiln {
-        self.lab.build_archive().arg("--network=unsafe-host")
+        self.lab.build_archive().arg("--network=unsafe-host").arg("--no-cache")
     }
 
     /// A step that uses the package, and downloads it unless the cache has it.
@@ -153,7 +154,8 @@ fn builds_beside_each_other_do_not_mix() {
         let file = place.lab.path(&format!("Dockerfile.{own}"));
         let step = "RUN --mount=type=cache,target=/cache sh /script\n";
         std::fs::write(&file, format!("FROM busybox:1\nCOPY {own} /script\n{step}")).unwrap();
-        let build = place.lab.kiln("build").arg("--network=unsafe-host").arg("--file").arg(file);
+        let build = place.lab.kiln("build").arg("--network=unsafe-host").arg("--no-cache");
+        let build = build.arg("--file").arg(file);
         build.arg(place.lab.context.path()).start()
     };
     let builds = [start("one"), start("two")];
