@@ -5,7 +5,7 @@
 
 mod failure;
 mod image;
-mod layers;
+mod kept;
 mod log;
 mod prepare;
 
@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 
 use crate::agent::Agent;
 use crate::bases::Base;
-use crate::caches::{CacheLease, NewContent};
+use crate::caches::CacheLease;
 use crate::dockerfile::{BuildInput, Dockerfile};
 use crate::error::chain;
 use crate::housekeeping;
@@ -307,6 +307,7 @@ impl Run {
             Some(cache) => self.gather_cache(slot, cache).await,
             None => None,
         };
+        let measured = self.measure_layers(slot, bases).await;
         self.enter(Phase::Export).await;
         let image_id = self.export(slot, bases).await?;
         self.enter(Phase::Seal).await;
@@ -314,28 +315,10 @@ impl Run {
         if let Some(content) = content {
             self.keep_cache(slot, content).await;
         }
-        self.keep_layers(slot, bases).await;
+        if let Some(measured) = measured {
+            self.keep_layers(slot, &measured).await;
+        }
         Ok(built)
-    }
-
-    async fn gather_cache(&mut self, slot: &mut Slot, cache: CacheLease) -> Option<NewContent> {
-        let limit = self.agent.config.data.max_cache_bytes;
-        match cache.gather(slot, &mut self.stop, limit).await {
-            Ok(content) => Some(content),
-            Err(error) => {
-                self.note(format!("the cache mounts are not kept: {}", chain(&error))).await;
-                None
-            }
-        }
-    }
-
-    async fn keep_cache(&mut self, slot: &mut Slot, content: NewContent) {
-        // The image is made: a lost cache costs time, not the build.
-        match content.promote(&self.agent.state, slot).await {
-            Ok(None) => {}
-            Ok(Some(note)) => self.note(note).await,
-            Err(error) => self.note(format!("the cache mounts were not kept: {}", chain(&error))).await,
-        }
     }
 
     async fn enter(&mut self, phase: Phase) {

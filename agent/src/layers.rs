@@ -62,8 +62,6 @@ pub(crate) struct LayerLease {
 pub(crate) enum Promotion {
     /// The next build finds them.
     Kept,
-    /// There are none: every step was cached, or none makes one.
-    NothingNew,
     /// They are not kept, for this reason.
     NotKept(String),
 }
@@ -113,16 +111,13 @@ impl LayerLease {
     }
 
     /// Keeps the store of a successful build, which ends with this: nothing else can run in the slot afterwards.
-    /// `first` is the number of the first of our stores among those of the slot.
     pub(crate) async fn promote(
         &self,
         state: &State,
         slot: &mut Slot,
-        stop: &mut StopSignal,
-        first: usize,
+        measured: &Measured,
         max_bytes: u64,
     ) -> Result<Promotion, LayerError> {
-        let Some(measured) = self.measure(slot, stop, first).await? else { return Ok(Promotion::NothingNew) };
         let _guard = guard(state).await?;
         let present = match self.reuse {
             Reuse::Cached => read_head(state, &self.name),
@@ -160,7 +155,9 @@ impl LayerLease {
         self.generations.is_empty()
     }
 
-    async fn measure(
+    /// What the build left that a later one can use, found out while the slot can still run programs. `first` is
+    /// the number of the first of our stores among those of the slot.
+    pub(crate) async fn measure(
         &self,
         slot: &mut Slot,
         stop: &mut StopSignal,
@@ -188,7 +185,7 @@ async fn publish(slot: &mut Slot, name: Uuid) -> Result<(), LayerError> {
 
 /// What a step says about the store that was built.
 #[derive(Debug, PartialEq, Eq)]
-struct Measured {
+pub(crate) struct Measured {
     bytes: u64,
     /// Generations with a layer on which a new one stands.
     needs: Vec<Uuid>,

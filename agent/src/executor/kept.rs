@@ -1,4 +1,4 @@
-//! What a build does with the layer cache (shell).
+//! What a build takes over from earlier ones and leaves to later ones: layers and cache mounts (shell).
 
 use std::io::Read as _;
 
@@ -8,9 +8,10 @@ use sha2::Digest as _;
 
 use super::prepare::store_names;
 use super::{Attempt, Named, Planned, Run};
+use crate::caches::{CacheLease, NewContent};
 use crate::dockerfile::Dockerfile;
 use crate::error::chain;
-use crate::layers::{self, Circumstances, LayerLease, MAX_LAYERS, Mounted, Promotion};
+use crate::layers::{self, Circumstances, LayerLease, MAX_LAYERS, Measured, Mounted, Promotion};
 use crate::slot::Slot;
 
 /// Enough to keep the disk busy.
@@ -76,14 +77,45 @@ impl Run {
         Ok(Some(Mounted { context, dockerfile: &request.dockerfile, build_args: &request.build_args }))
     }
 
+    pub(super) async fn gather_cache(&mut self, slot: &mut Slot, cache: CacheLease) -> Option<NewContent> {
+        let limit = self.agent.config.data.max_cache_bytes;
+        match cache.gather(slot, &mut self.stop, limit).await {
+            Ok(content) => Some(content),
+            Err(error) => {
+                self.note(format!("the cache mounts are not kept: {}", chain(&error))).await;
+                None
+            }
+        }
+    }
+
+    pub(super) async fn keep_cache(&mut self, slot: &mut Slot, content: NewContent) {
+        // The image is made: a lost cache costs time, not the build.
+        match content.promote(&self.agent.state, slot).await {
+            Ok(None) => {}
+            Ok(Some(note)) => self.note(note).await,
+            Err(error) => self.note(format!("the cache mounts were not kept: {}", chain(&error))).await,
+        }
+    }
+
+    /// What the build made that a later one can use; none if every step was cached.
+    pub(super) async fn measure_layers(&mut self, slot: &mut Slot, bases: &[Named]) -> Option<Measured> {
+        let lease = self.layers.as_ref()?;
+        match lease.measure(slot, &mut self.stop, store_names(bases).len()).await {
+            Ok(measured) => measured,
+            Err(error) => {
+                self.note(format!("the layers are not kept: {}", chain(&error))).await;
+                None
+            }
+        }
+    }
+
     /// Keeps the layers of a successful build. Nothing runs in the slot afterwards.
-    pub(super) async fn keep_layers(&mut self, slot: &mut Slot, bases: &[Named]) {
+    pub(super) async fn keep_layers(&mut self, slot: &mut Slot, measured: &Measured) {
         let Some(lease) = &self.layers else { return };
-        let (first, limit) = (store_names(bases).len(), self.agent.config.data.max_layer_cache_bytes);
-        let promoted = lease.promote(&self.agent.state, slot, &mut self.stop, first, limit).await;
+        let limit = self.agent.config.data.max_layer_cache_bytes;
         // The image is made: lost layers cost time, not the build.
-        match promoted {
-            Ok(Promotion::Kept | Promotion::NothingNew) => {}
+        match lease.promote(&self.agent.state, slot, measured, limit).await {
+            Ok(Promotion::Kept) => {}
             Ok(Promotion::NotKept(why)) => self.note(why).await,
             Err(error) => self.note(format!("the layers were not kept: {}", chain(&error))).await,
         }
@@ -95,14 +127,27 @@ impl Run {
         let Some(lease) = self.layers.as_ref().filter(|lease| !lease.is_empty()) else { return };
         let stopped = self.stop.current().map(|stop| stop.reason.reason());
         let reason = stopped.unwrap_or(failure.reason);
-        let unexplained = [Reason::Unknown, Reason::StoreCorrupt, Reason::CandidateCorrupt, Reason::Timeout];
-        if !unexplained.contains(&reason) {
+        if !is_doubtful(reason, failure.run_exit_code) {
             return;
         }
         match lease.forget(&self.agent.state).await {
             Ok(()) => self.note("the cached layers are not used again".to_owned()).await,
             Err(error) => self.note(format!("cannot forget the cached layers: {}", chain(&error))).await,
         }
+    }
+}
+
+/// Whether a damaged store may be the cause of a failure. A command that failed by itself ran on layers that
+/// could be mounted.
+fn is_doubtful(reason: Reason, run_exit_code: Option<i32>) -> bool {
+    match reason {
+        Reason::BuildFailed => run_exit_code.is_none(),
+        Reason::Unknown
+        | Reason::StoreCorrupt
+        | Reason::CandidateCorrupt
+        | Reason::NodeUnfit
+        | Reason::Timeout => true,
+        _ => false,
     }
 }
 
@@ -114,6 +159,26 @@ fn digest_of(mut file: std::fs::File) -> std::io::Result<Digest> {
         match file.read(&mut buffer)? {
             0 => return Ok(Digest::from_sha256(hash.finalize().into())),
             count => hash.update(&buffer[..count]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_failures_that_nothing_else_explains_cost_the_cache() {
+        for (reason, code, doubtful) in [
+            (Reason::BuildFailed, Some(1), false),
+            (Reason::BuildFailed, None, true),
+            (Reason::StoreCorrupt, None, true),
+            (Reason::Timeout, None, true),
+            (Reason::NotFound, None, false),
+            (Reason::Cancelled, None, false),
+            (Reason::LimitExceeded, None, false),
+        ] {
+            assert_eq!(is_doubtful(reason, code), doubtful, "{reason} {code:?}");
         }
     }
 }
