@@ -34,27 +34,33 @@ pub(super) const PACKAGE: &str = "kiln:plugin/";
 
 /// An instruction: the build and the position in its list.
 #[derive(Debug)]
-pub(super) struct InstructionHandle(pub(super) Arc<BuildView>, pub(super) usize);
+#[expect(unreachable_pub, reason = "the generated code exports it again")]
+pub struct InstructionHandle(pub(super) Arc<BuildView>, pub(super) usize);
 
 /// A base image: the build and the position in its list.
 #[derive(Debug)]
-pub(super) struct BaseImageHandle(pub(super) Arc<BuildView>, pub(super) usize);
+#[expect(unreachable_pub, reason = "the generated code exports it again")]
+pub struct BaseImageHandle(pub(super) Arc<BuildView>, pub(super) usize);
 
 /// A build.
 #[derive(Debug)]
-pub(super) struct BuildHandle(pub(super) Arc<BuildView>);
+#[expect(unreachable_pub, reason = "the generated code exports it again")]
+pub struct BuildHandle(pub(super) Arc<BuildView>);
 
 /// An open blob.
 #[derive(Debug)]
-pub(super) struct BlobHandle {
+#[expect(unreachable_pub, reason = "the generated code exports it again")]
+pub struct BlobHandle {
     pub(super) file: File,
     pub(super) size: u64,
 }
 
 /// An image.
 #[derive(Debug)]
-pub(super) struct ImageHandle(pub(super) Arc<ImageView>);
+#[expect(unreachable_pub, reason = "the generated code exports it again")]
+pub struct ImageHandle(pub(super) Arc<ImageView>);
 
 /// The report of the one call that an instance serves; its content is in the state of the call.
 #[derive(Debug)]
-pub(super) struct ReportHandle;
+#[expect(unreachable_pub, reason = "the generated code exports it again")]
+pub struct ReportHandle;
