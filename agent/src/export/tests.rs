@@ -63,7 +63,7 @@ impl Place {
             json!({"type": 1, "name": name, "size": CONTENT.len(), "payload": "AAAAAAAAAAA=", "position": 1}),
             json!({"type": 2, "payload": BASE64.encode(&tar[512 + CONTENT.len()..]), "position": 2}),
         ];
-        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        let text = lines.map(|line| line.to_string() + "\n").concat();
         self.put(&format!("overlay-layers/{id}.tar-split.gz"), &gzip(text.as_bytes()));
     }
 
