@@ -139,7 +139,8 @@ impl Bus {
     pub fn watch(&self) -> ConnectionWatch {
         match self {
             Self::Memory(connection) => {
-                ConnectionWatch { seen: connection.state(), watched: Watched::Memory(connection.clone()) }
+                let watched = connection.watch();
+                ConnectionWatch { seen: watched.state(), watched: Watched::Memory(watched) }
             }
         }
     }
@@ -168,7 +169,7 @@ fn check_request(exchange: &str, key: &str, sent: Result<Published, BusError>) -
     }
 }
 
-/// Sees a connection go and come back. It keeps the connection open.
+/// Sees a connection go and come back. It does not keep the connection open.
 #[derive(Debug)]
 pub struct ConnectionWatch {
     seen: ConnectionState,
@@ -177,22 +178,22 @@ pub struct ConnectionWatch {
 
 #[derive(Debug)]
 enum Watched {
-    Memory(memory::Connection),
+    Memory(memory::Watch),
 }
 
 impl ConnectionWatch {
     /// The state now.
     pub fn current(&self) -> ConnectionState {
         match &self.watched {
-            Watched::Memory(connection) => connection.state(),
+            Watched::Memory(watch) => watch.state(),
         }
     }
 
     /// Waits for another state than the one last seen here. States between two looks may be missed; the epoch
-    /// tells.
+    /// tells. A closed connection stays closed: then it answers at once.
     pub async fn changed(&mut self) -> ConnectionState {
         self.seen = match &self.watched {
-            Watched::Memory(connection) => connection.state_after(self.seen).await,
+            Watched::Memory(watch) => watch.state_after(self.seen).await,
         };
         self.seen
     }
@@ -211,7 +212,7 @@ impl ConnectionWatch {
 
     fn identity(&self) -> String {
         match &self.watched {
-            Watched::Memory(connection) => connection.identity().to_owned(),
+            Watched::Memory(watch) => watch.identity().to_owned(),
         }
     }
 }

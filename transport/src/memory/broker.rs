@@ -29,6 +29,8 @@ pub(super) struct Broker {
     /// Delayed by a fault, by the time of arrival.
     in_flight: BTreeMap<(Instant, u64), (Target, Stored)>,
     pub(super) faults: Faulty,
+    /// When the last outage of the whole broker ends.
+    pub(super) out_until: Option<Instant>,
     /// Told when something is due earlier than those who wait know.
     pub(super) sooner: Arc<Notify>,
     last_number: u64,
@@ -91,6 +93,7 @@ impl Broker {
             channels: BTreeMap::new(),
             in_flight: BTreeMap::new(),
             faults: Faulty::new(seed),
+            out_until: None,
             sooner: Arc::default(),
             last_number: 0,
         }

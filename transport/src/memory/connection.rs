@@ -66,10 +66,15 @@ impl ConnectionEntry {
 }
 
 impl Broker {
-    pub(super) fn connect(&mut self, identity: String) -> ConnectionId {
+    /// A new connection. While the broker is out it is down, as one that was there before.
+    pub(super) fn connect(&mut self, identity: String, now: Instant) -> ConnectionId {
         let id = ConnectionId(self.number());
-        let (status, calls, changed) = (Status::Up, BTreeMap::new(), Arc::new(Notify::new()));
-        self.connections.insert(id, ConnectionEntry { identity, status, epoch: 1, calls, changed });
+        let (status, epoch) = match self.out_until.filter(|until| *until > now) {
+            Some(until) => (Status::Down { until }, 0),
+            None => (Status::Up, 1),
+        };
+        let (calls, changed) = (BTreeMap::new(), Arc::default());
+        self.connections.insert(id, ConnectionEntry { identity, status, epoch, calls, changed });
         id
     }
 
@@ -95,10 +100,18 @@ impl Broker {
         }
     }
 
-    pub(super) fn disconnect_all(&mut self, affected: impl Fn(&str) -> bool, outage: Duration, now: Instant) {
-        let connections = self.connections.iter().filter(|(_, connection)| affected(&connection.identity));
-        let ids: Vec<_> = connections.map(|(id, _)| *id).collect();
-        for id in ids {
+    /// Takes down the connections of one identity.
+    pub(super) fn disconnect_identity(&mut self, identity: &str, outage: Duration, now: Instant) {
+        let own = self.connections.iter().filter(|(_, connection)| connection.identity == identity);
+        for id in own.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.disconnect(id, outage, now);
+        }
+    }
+
+    /// Takes down every connection; until the outage is over no other comes up.
+    pub(super) fn restart(&mut self, outage: Duration, now: Instant) {
+        self.out_until = Some(now + outage);
+        for id in self.connections.keys().copied().collect::<Vec<_>>() {
             self.disconnect(id, outage, now);
         }
     }

@@ -119,12 +119,13 @@ impl Faults {
 
     /// Drops every connection of an identity. They are back after the outage.
     pub fn disconnect(&self, identity: &str, outage: Duration) {
-        self.shared.with(|broker, now| broker.disconnect_all(|name| name == identity, outage, now));
+        self.shared.with(|broker, now| broker.disconnect_identity(identity, outage, now));
     }
 
-    /// Drops every connection, as a broker does that restarts. Durable queues keep their messages.
+    /// Drops every connection, as a broker does that restarts; new ones are down as long. Durable queues keep
+    /// their messages.
     pub fn restart_broker(&self, outage: Duration) {
-        self.shared.with(|broker, now| broker.disconnect_all(|_| true, outage, now));
+        self.shared.with(|broker, now| broker.restart(outage, now));
     }
 
     /// The server cancels every consumer of the queue.

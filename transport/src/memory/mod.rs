@@ -55,7 +55,7 @@ impl MemoryBroker {
     /// A new connection. Messages published on it carry `identity` as their `user_id`.
     pub fn connect(&self, identity: impl Into<String>) -> Bus {
         let identity = identity.into();
-        let id = self.shared.with(|broker, _| broker.connect(identity.clone()));
+        let id = self.shared.with(|broker, now| broker.connect(identity.clone(), now));
         let confirm_timeout = self.confirm_timeout;
         let link = Link { shared: Arc::clone(&self.shared), id, identity, confirm_timeout };
         Bus::Memory(Connection(Arc::new(link)))
@@ -203,22 +203,43 @@ impl Connection {
         Ok(PendingCall { link: Arc::clone(&self.0), id, address, wake })
     }
 
-    pub(crate) fn state(&self) -> ConnectionState {
-        self.0.shared.with(|broker, _| broker.state(self.0.id))
-    }
-
-    /// Waits for another state than `seen`.
-    pub(crate) async fn state_after(&self, seen: ConnectionState) -> ConnectionState {
-        let changed = self.0.shared.with(|broker, _| broker.changed(self.0.id));
-        let look = |broker: &mut Broker| match broker.state(self.0.id) {
-            state if state == seen => Poll::Pending,
-            state => Poll::Ready(state),
-        };
-        self.0.shared.until(&changed, look).await
+    pub(crate) fn watch(&self) -> Watch {
+        let Link { shared, id, identity, .. } = &*self.0;
+        let changed = shared.with(|broker, _| broker.changed(*id));
+        Watch { shared: Arc::clone(shared), id: *id, identity: identity.clone(), changed }
     }
 
     pub(crate) async fn close(&self) {
         self.ask(Broker::close).await;
+    }
+}
+
+/// Looks at a connection without keeping it open.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    shared: Arc<Shared>,
+    id: ConnectionId,
+    identity: String,
+    changed: Arc<Notify>,
+}
+
+impl Watch {
+    pub(crate) fn identity(&self) -> &str {
+        &self.identity
+    }
+
+    pub(crate) fn state(&self) -> ConnectionState {
+        self.shared.with(|broker, _| broker.state(self.id))
+    }
+
+    /// Waits for another state than `seen`, or that it is closed.
+    pub(crate) async fn state_after(&self, seen: ConnectionState) -> ConnectionState {
+        tokio::task::consume_budget().await;
+        let look = |broker: &mut Broker| match broker.state(self.id) {
+            state if state == seen && state != ConnectionState::Closed => Poll::Pending,
+            state => Poll::Ready(state),
+        };
+        self.shared.until(&self.changed, look).await
     }
 }
 

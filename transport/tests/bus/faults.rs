@@ -143,8 +143,9 @@ async fn a_restarted_broker_keeps_durable_queues() {
     let other = scene.beta().await;
     scene.send(&bus, &queue, 1).await;
     faults.restart_broker(OUTAGE);
-    assert_eq!([&bus, &other].map(|bus| bus.watch().current()), [ConnectionState::Down; 2]);
-    for bus in [&bus, &other] {
+    let late = scene.beta().await;
+    assert_eq!([&bus, &other, &late].map(|bus| bus.watch().current()), [ConnectionState::Down; 3]);
+    for bus in [&bus, &other, &late] {
         bus.watch().connected().await.unwrap();
         assert_eq!(bus.queue_depth(&queue).await, Ok(1));
     }

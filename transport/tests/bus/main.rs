@@ -55,6 +55,7 @@ macro_rules! conformance_of {
                 an_exclusive_queue_is_of_its_connection,
                 an_exclusive_queue_goes_with_its_last_consumer,
                 deleting_a_queue_ends_its_consumers,
+                a_connection_closes_with_its_last_clone,
                 a_closed_connection_says_so;
             dead_letters:
                 rejected_messages_are_dead_lettered,

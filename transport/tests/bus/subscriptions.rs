@@ -185,6 +185,21 @@ pub(crate) async fn deleting_a_queue_ends_its_consumers(scene: &Scene<impl World
     assert_eq!(scene.offer(&bus, &queue, 1).await, Published::Returned);
 }
 
+pub(crate) async fn a_connection_closes_with_its_last_clone(scene: &Scene<impl World>) {
+    let (bus, queue) = scene.with_queue(scene.queue("q")).await;
+    let mut consumer = bus.consume(&queue, prefetch(1)).await.unwrap();
+    let mut watch = bus.watch();
+    drop(bus.clone());
+    scene.send(&bus, &queue, 1).await;
+    let _held = next(&mut consumer).await;
+    drop(bus);
+    assert_eq!(within(watch.changed()).await, ConnectionState::Closed);
+    assert_eq!(within(watch.changed()).await, ConnectionState::Closed, "it stays closed");
+    assert!(within(consumer.next()).await.is_none());
+    let beta = scene.beta().await;
+    assert!(next(&mut beta.consume(&queue, prefetch(1)).await.unwrap()).await.redelivered);
+}
+
 pub(crate) async fn a_closed_connection_says_so(scene: &Scene<impl World>) {
     let (bus, queue) = scene.with_queue(scene.queue("q")).await;
     let mut watch = bus.watch();
