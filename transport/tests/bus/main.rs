@@ -46,6 +46,7 @@ macro_rules! conformance_of {
             subscriptions:
                 prefetch_bounds_what_is_out,
                 consumers_share_a_queue,
+                consumers_with_room_take_turns,
                 what_is_requeued_takes_its_old_place,
                 what_a_consumer_leaves_comes_again,
                 what_a_connection_leaves_comes_again,

@@ -40,6 +40,19 @@ pub(crate) async fn consumers_share_a_queue(scene: &Scene<impl World>) {
     drop(first);
 }
 
+pub(crate) async fn consumers_with_room_take_turns(scene: &Scene<impl World>) {
+    let (bus, queue) = scene.with_queue(scene.queue("q")).await;
+    let mut one = bus.consume(&queue, prefetch(4)).await.unwrap();
+    let mut two = bus.consume(&queue, prefetch(4)).await.unwrap();
+    for index in 0..4 {
+        scene.send(&bus, &queue, index).await;
+    }
+    for consumer in [&mut one, &mut two] {
+        let _held = [next(consumer).await, next(consumer).await];
+        silent(consumer).await;
+    }
+}
+
 pub(crate) async fn what_is_requeued_takes_its_old_place(scene: &Scene<impl World>) {
     let kind = QueueKind::Quorum { delivery_limit: 5 };
     let (bus, queue) = scene.with_queue(Queue { kind, ..scene.queue("q") }).await;
