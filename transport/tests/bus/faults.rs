@@ -225,18 +225,25 @@ async fn a_call_fails_when_its_connection_drops_and_a_lost_confirm_does_not_matt
         tokio::time::sleep(OUTAGE).await;
         faults.disconnect(ALPHA, OUTAGE);
     };
-    let (got, ()) = tokio::join!(caller.call(&exchange, &queue, numbered(1), LIMIT), cut);
+    let request = numbered(1);
+    let (got, ()) = tokio::join!(caller.call(&exchange, &queue, request.clone(), LIMIT), cut);
     assert_eq!(got.unwrap_err(), BusError::Down { identity: ALPHA.into() });
 
     caller.watch().connected().await.unwrap();
     faults.plan("test.*.q", Fault::LoseConfirm);
     let server = scene.beta().await;
+    let mut consumer = server.consume(&queue, prefetch(2)).await.unwrap();
     let serve = async {
-        answer_one(&scene, &server).await;
-        answer_one(&scene, &server).await;
+        // Longer than the caller waits for its confirm.
+        tokio::time::sleep(LIMIT / 2).await;
+        for text in ["to the caller before the outage", "to the caller after it"] {
+            let request = next(&mut consumer).await;
+            server.reply(&request, Message::new(Uuid::now_v7(), "reply.v1", text)).await.unwrap();
+            request.ack().await.unwrap();
+        }
     };
-    let (got, ()) = tokio::join!(caller.call(&exchange, &queue, numbered(2), LIMIT), serve);
-    got.unwrap();
+    let (got, ()) = tokio::join!(caller.call(&exchange, &queue, request, LIMIT), serve);
+    assert_eq!(got.unwrap().body.as_ref(), b"to the caller after it");
 }
 
 /// What happens on a broker where everything goes wrong, as text.

@@ -91,8 +91,11 @@ pub(crate) async fn a_call_that_nobody_serves_fails_at_once(scene: &Scene<impl W
 
 pub(crate) async fn a_call_without_reply_ends_in_time(scene: &Scene<impl World>) {
     let (caller, _server, _consumer) = pair(scene).await;
-    let error = call(scene, &caller, numbered(1), SHORT).await.unwrap_err();
-    assert_eq!(error, BusError::Timeout { action: "call", limit: SHORT });
+    let request = numbered(1);
+    for _ in ["a call", "the same again"] {
+        let error = call(scene, &caller, request.clone(), SHORT).await.unwrap_err();
+        assert_eq!(error, BusError::Timeout { action: "call", limit: SHORT });
+    }
 }
 
 pub(crate) async fn a_late_reply_disturbs_nobody(scene: &Scene<impl World>) {
