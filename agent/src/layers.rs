@@ -191,8 +191,9 @@ pub(crate) struct Measured {
     needs: Vec<Uuid>,
 }
 
-/// Prints whether there are images, their size, and the stores in which layers below them lie. `lower` lists, for
-/// each layer, all below it by their short names; an image without a layer of its own names its layer.
+/// Prints whether there are images, their size, and the stores in which something below them lies. `lower` lists,
+/// for each layer, all below it by their short names; an image without a layer of its own names its layer. The
+/// history of an image has the short ids of those below it, without which buildah does not find it again.
 ///
 /// What it prints can be forged by the build that it measures, and decides only about that build's own cache.
 fn measuring(first: usize, count: usize) -> String {
@@ -203,9 +204,11 @@ fn measuring(first: usize, count: usize) -> String {
          exec >&2\n\
          [ -f $i ] && grep -q '\"layer\":' $i || {{ echo nothing; exit 0; }}\n\
          {{ find $r/overlay -mindepth 2 -maxdepth 2 -name lower -type f -exec cat {{}} + | tr : '\\n' | sed s,^l/,,\n\
-         echo; grep -o '\"layer\":\"[0-9a-f]*\"' $i | cut -d'\"' -f4; }} | sort -u > $t\n\
-         for n in {stores}; do ls /b/$n/overlay /b/$n/overlay/l 2>/dev/null | grep . | sort -u | comm -12 - $t \
-         | grep -q . && echo needs $n; done\n\
+         echo; grep -o '\"layer\":\"[0-9a-f]*\"' $i | cut -d'\"' -f4\n\
+         grep -rhos 'FROM [0-9a-f]\\{{12\\}}' $r/overlay-images | cut -c6-; }} | sort -u > $t\n\
+         for n in {stores}; do\n\
+         {{ ls /b/$n/overlay /b/$n/overlay/l; ls /b/$n/overlay-images | cut -c1-12; }} 2>/dev/null \
+         | grep . | sort -u | comm -12 - $t | grep -q . && echo needs $n; done\n\
          echo bytes $(du -s --block-size=1 $r | cut -f1)\n"
     )
 }
