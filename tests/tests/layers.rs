@@ -323,7 +323,7 @@ impl Gate {
 fn builds_beside_each_other_share_what_was_there_and_both_are_kept() {
     let place = Place::new("FROM busybox:1\nRUN echo common; date +%N > /common\nARG OWN\nENV NOT=last\n");
     let net = "--network=unsafe-host";
-    let common = place.cached(&[net], "0/3");
+    let common = place.cached(&[net, "--build-arg=OWN=none"], "0/3");
     let gate = Gate::new();
     let text = format!(
         "FROM busybox:1\nRUN echo common; date +%N > /common\nARG OWN\nRUN echo $OWN > /own; {}\n",
@@ -501,8 +501,7 @@ fn a_generation_that_buildah_cannot_read_is_not_used_again() {
     let garbage = |path: &Path| std::fs::write(path, "[{").unwrap();
     let endless = |path: &Path| nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     // buildah passes over the one, and waits for the other.
-    let damages: [(fn(&Path), bool); 2] = [(garbage, false), (endless, true)];
-    for (spoil, doubted) in damages {
+    for (spoil, doubted) in [(garbage as fn(&Path), false), (endless, true)] {
         let _ = place.cached(&["--no-cache"], "0/4");
         let head = std::fs::read_to_string(&place.heads()[0]).unwrap();
         let named = |path: &PathBuf| path.file_name().is_some_and(|n| head.contains(n.to_str().unwrap()));
