@@ -1,8 +1,12 @@
 # Each target is one line or one script. `make demo` and `make test` install what is missing.
-.PHONY: build demo test lint bench soak clean
+.PHONY: build plugins demo test lint bench soak clean
 
 build:
 	cargo build --locked --package=kiln
+
+plugins:
+	scripts/setup-system.sh plugins
+	scripts/plugins.sh
 
 demo:
 	scripts/setup-system.sh demo

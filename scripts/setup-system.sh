@@ -3,6 +3,7 @@
 #
 #   scripts/setup-system.sh demo    what the demo needs
 #   scripts/setup-system.sh test    what the demo and the tests need
+#   scripts/setup-system.sh plugins what `make plugins` needs
 set -eu
 
 purpose=${1:-demo}
@@ -29,7 +30,25 @@ static_busybox() {
     have busybox && ! ldd "$(command -v busybox)" >/dev/null 2>&1
 }
 
+# rustup has the standard library for plugins where it can fetch it; else Debian's compiler builds it.
+has_plugin_target() {
+    [ -d "$(rustc --print=sysroot)/lib/rustlib/wasm32-wasip2" ] ||
+        { have rustup && timeout 120 rustup --quiet target add wasm32-wasip2 >/dev/null 2>&1; }
+}
+
+missing_for_plugins() {
+    has_plugin_target && return 0
+    [ -d /usr/lib/wasm32-wasi ] || echo wasi-libc
+    # Another package's /usr/bin/rustc may be older than the cargo in use.
+    dpkg -s rustc-web >/dev/null 2>&1 || echo rustc-web
+    [ -d /usr/lib/rustlib/src ] || echo rust-web-src
+}
+
 missing_packages() {
+    if [ "$purpose" = plugins ]; then
+        missing_for_plugins
+        return 0
+    fi
     have buildah || echo buildah
     have newuidmap && have newgidmap || echo uidmap
     have slirp4netns || echo slirp4netns
@@ -43,6 +62,7 @@ missing_packages() {
         have ip || echo iproute2
         have curl || echo curl
         have shellcheck || echo shellcheck
+        missing_for_plugins
     fi
 }
 
@@ -91,10 +111,10 @@ prepare_user() {
 }
 
 case $purpose in
-    demo | test) ;;
-    *) fail "usage: $0 demo|test" ;;
+    demo | test | plugins) ;;
+    *) fail "usage: $0 demo|test|plugins" ;;
 esac
 have cargo || fail "cargo is missing; install Rust with rustup, then try again"
 install_packages
-prepare_user
+[ "$purpose" = plugins ] || prepare_user
 say "ready"

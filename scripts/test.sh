@@ -4,6 +4,8 @@ set -eu
 cd "$(dirname "$0")/.."
 # The suites run this binary; built once here, not looked for by every test process.
 cargo build --locked --package=kiln --bin=kiln
+# Some suites load plugins.
+scripts/plugins.sh
 target=$(cargo metadata --format-version=1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
 KILN_BIN=$target/debug/kiln
 export KILN_BIN

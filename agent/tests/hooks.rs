@@ -8,7 +8,7 @@ use kiln_agent::blobs::{BlobStore, digest_of};
 use kiln_agent::dockerfile::Dockerfile;
 use kiln_agent::hooks::config::{Mode, OnFailure, PluginConfig, PluginsConfig};
 use kiln_agent::hooks::view::{
-    BuildArg, BuildView, ContextView, ImageView, TagView, instructions,
+    BuildArg, BuildView, ContextView, ImageView, LayerView, TagView, instructions,
 };
 use kiln_agent::hooks::{Glob, HookHost, LoadCause, LoadError};
 use kiln_agent::stop::{self, StopReason, StopSignal};
@@ -106,7 +106,8 @@ fn build(tags: &[(&str, Option<&[u8]>)]) -> BuildView {
 
 fn context() -> ContextView {
     let mut archive = tar::Builder::new(Vec::new());
-    for (path, content) in [("app/package.json", "{\"name\":1}"), ("secret.txt", "hidden"), ("x.json", "{}")] {
+    for (path, content) in [("app/package.json", "{\"name\":1}"), ("secret.txt", "hidden"), ("x.json", "{}")]
+    {
         let mut header = tar::Header::new_gnu();
         header.set_size(content.len() as u64);
         header.set_mode(0o644);
@@ -193,4 +194,239 @@ async fn whatever_a_guest_does_has_a_name_and_harms_nobody() {
     assert!(!found("escape-codes").violations[0].message.contains('\u{1b}'));
     let again = host.pre_build(Arc::new(build(&[])), &never()).await;
     assert_eq!(again.iter().find(|v| v.plugin == "good").unwrap().outcome, Outcome::Allow);
+}
+
+async fn image(tags: &[(&str, Option<&[u8]>)], host: &HookHost) -> Vec<Verdict> {
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = BlobStore::open(folder.path()).unwrap();
+    let view = ImageView {
+        build: Arc::new(build(tags)),
+        platform: "linux/amd64".to_owned(),
+        digest: digest_of(b"manifest"),
+        manifest: b"manifest"[..].into(),
+        config: b"config"[..].into(),
+        layers: vec![LayerView {
+            media_type: "application/vnd.oci.image.layer.v1.tar+gzip".to_owned(),
+            digest: blobs.put(b"layer").unwrap().digest,
+            size: 5,
+        }],
+        blobs,
+    };
+    host.post_push(Arc::new(view), &never()).await
+}
+
+#[tokio::test]
+async fn a_guest_reads_the_image_and_nothing_beside_it() {
+    let verdict = image(&[("1.0.0", None)], &host(hostile("allow")).await).await.remove(0);
+    assert_eq!(verdict.outcome, Outcome::Allow, "{verdict:?}");
+    assert_eq!((verdict.hook, &verdict.subject), (Hook::PostPush, &digest_of(b"manifest")));
+    let notes: Vec<_> = verdict.notes.iter().map(|note| note.value.as_str()).collect();
+    // The first bytes of "layer", nothing behind its end.
+    assert_eq!(notes, ["manifest", "config", "[108, 97, 121, 101] 0 1.0.0"]);
+    let verdict = image(&[], &host(hostile("read-beside-layers")).await).await.remove(0);
+    assert_eq!(
+        (verdict.outcome, verdict.detail.as_deref()),
+        (Outcome::Fault, Some("the image has no such layer"))
+    );
+}
+
+#[tokio::test]
+async fn granted_files_are_read_as_far_as_wanted() {
+    let mut config = hostile("read-granted");
+    config.grant.context_read = vec![Glob::new("**/package.json").unwrap()];
+    let verdict = ask(&host(config).await).await;
+    assert_eq!(verdict.violations[0].message, "app/package.json,x.json {\"nam", "{verdict:?}");
+}
+
+#[tokio::test]
+async fn audit_watches_and_open_forgives_failures_only() {
+    for (mode, on_failure, does, waived, end) in [
+        (Mode::Audit, OnFailure::Closed, "deny", Some(Waiver::Audit), Ok(())),
+        (Mode::Audit, OnFailure::Closed, "trap", Some(Waiver::Audit), Ok(())),
+        (Mode::Enforce, OnFailure::Open, "trap", Some(Waiver::OnFailure), Ok(())),
+        (Mode::Enforce, OnFailure::Open, "deny", None, Err(Reason::PolicyDenied)),
+        (Mode::Enforce, OnFailure::Closed, "trap", None, Err(Reason::HookFault)),
+    ] {
+        let verdict = ask(&host(PluginConfig { mode, on_failure, ..hostile(does) }).await).await;
+        assert_eq!(verdict.waived, waived, "{does}");
+        assert_eq!(decide(&[verdict]), end, "{does}");
+    }
+}
+
+/// One plugin more than there are threads spins; the others neither start late nor time out.
+#[tokio::test]
+async fn spinning_guests_end_near_their_deadline_and_starve_nobody() {
+    const DEADLINE: Duration = Duration::from_millis(300);
+    // The clock ticks every 5 ms; the rest is for machines that do other things as well.
+    const SLACK: Duration = Duration::from_secs(5);
+    let world = World::new();
+    let mut configs = vec![PluginConfig { name: "good".to_owned(), ..hostile("allow") }];
+    configs[0].limits.deadline_ms = 60_000;
+    for name in ["a", "b", "c"] {
+        let mut config = PluginConfig { name: name.to_owned(), ..hostile("spin") };
+        config.limits.deadline_ms = 300;
+        configs.push(config);
+    }
+    let host = world.load(configs).await.unwrap();
+    let began = Instant::now();
+    let verdicts = host.pre_build(Arc::new(build(&[])), &never()).await;
+    let took = began.elapsed();
+    let outcomes: Vec<_> = verdicts.iter().map(|v| (v.plugin.as_str(), v.outcome)).collect();
+    let spun = Outcome::Timeout;
+    assert_eq!(outcomes, [("a", spun), ("b", spun), ("c", spun), ("good", Outcome::Allow)]);
+    assert!(took >= DEADLINE && took < DEADLINE + SLACK, "{took:?}");
+}
+
+#[tokio::test]
+async fn a_request_to_stop_ends_every_kind_of_call() {
+    for mode in ["spin", "sleep", "endless-host-calls", "defer-forever"] {
+        let mut config = hostile(mode);
+        (config.limits.deadline_ms, config.limits.host_calls) = (600_000, 100_000_000);
+        let host = host(config).await;
+        let (stopper, signal) = stop::channel();
+        let call = host.pre_build(Arc::new(build(&[])), &signal);
+        let (verdicts, ()) = tokio::join!(call, async { stopper.request(StopReason::Cancelled) });
+        assert_eq!(verdicts[0].outcome, Outcome::Cancelled, "{mode}: {verdicts:?}");
+        assert_eq!(decide(&verdicts), Err(Reason::Cancelled));
+    }
+}
+
+#[tokio::test]
+async fn required_policies_belong_to_repositories() {
+    let mut team = PluginConfig { name: "team".to_owned(), ..hostile("allow") };
+    team.matches.repository = Some(Glob::new("team-a/**").unwrap());
+    team.hooks = Some(vec![Hook::PostPush]);
+    let every = PluginConfig { name: "every".to_owned(), priority: 1, ..hostile("deny") };
+    let host = World::new().load(vec![team, every]).await.unwrap();
+    let names = |repositories: &[&str]| {
+        let repositories: Vec<String> = repositories.iter().map(|r| (*r).to_owned()).collect();
+        let required = host.required(&repositories).into_iter();
+        required.map(|r| (r.name, r.hooks.len(), r.repositories.len())).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&[]), [("every".to_owned(), 2, 0)]);
+    assert_eq!(names(&["r.example.com/b"]), [("every".to_owned(), 2, 1)]);
+    let both = names(&["r.example.com/b", "r.example.com/team-a/app"]);
+    assert_eq!(both, [("every".to_owned(), 2, 2), ("team".to_owned(), 1, 1)]);
+    assert_eq!(host.keys().len(), 2, "equal code with other settings is another policy");
+    assert_eq!(host.pre_build(Arc::new(build(&[])), &never()).await.len(), 1);
+    assert_eq!(image(&[], &host).await.len(), 2);
+}
+
+#[tokio::test]
+async fn the_cache_is_used_and_not_trusted() {
+    let world = World::new();
+    assert_eq!(world.one(hostile("allow")).await.compiled(), 1);
+    assert_eq!(world.one(hostile("deny")).await.compiled(), 0, "the settings are no part of the code");
+    let entries = || std::fs::read_dir(world.cache()).unwrap().map(|entry| entry.unwrap().path());
+    let entry = entries().find(|path| path.extension().is_some_and(|e| e == "cwasm")).unwrap();
+    let whole = std::fs::read(&entry).unwrap();
+    let mut flipped = whole.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    for damaged in [&flipped[..], &whole[..whole.len() - 1], &whole[32..], b""] {
+        std::fs::write(&entry, damaged).unwrap();
+        let host = world.one(hostile("allow")).await;
+        assert_eq!(host.compiled(), 1, "{} bytes", damaged.len());
+        assert_eq!(ask(&host).await.outcome, Outcome::Allow);
+    }
+    assert_eq!(world.one(hostile("allow")).await.compiled(), 0);
+    // Authentic code of one plugin is not that of another.
+    let policy = world.one(config(&plugin("tag-policy"), json!({}))).await;
+    assert_eq!(policy.compiled(), 1);
+    let other =
+        entries().find(|path| path.extension().is_some_and(|e| e == "cwasm") && *path != entry).unwrap();
+    std::fs::copy(&other, &entry).unwrap();
+    assert_eq!(world.one(hostile("allow")).await.compiled(), 1);
+}
+
+#[tokio::test]
+async fn a_cache_that_others_may_write_is_refused() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let world = World::new();
+    drop(world.one(hostile("allow")).await);
+    std::fs::set_permissions(world.cache(), std::fs::Permissions::from_mode(0o770)).unwrap();
+    let error = world.load(vec![hostile("allow")]).await.unwrap_err();
+    assert!(matches!(error.cause, LoadCause::Cache(_)), "{error:?}");
+}
+
+fn chain(error: &LoadError) -> String {
+    kiln_agent::error::chain(error)
+}
+
+#[tokio::test]
+async fn what_does_not_load_says_why_and_what_to_do() {
+    let world = World::new();
+    let whole = std::fs::read(plugin("hostile")).unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        let path = world.cache.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        config(&path, json!({}))
+    };
+    let version = |from: &[u8]| {
+        let (wanted, other) = (&b"1.0.0-rc.1"[..], &b"1.0.0-rc.7"[..]);
+        let mut bytes = from.to_vec();
+        let places: Vec<usize> = (0..bytes.len() - 10).filter(|at| &bytes[*at..at + 10] == wanted).collect();
+        places.into_iter().for_each(|at| bytes[at..at + 10].copy_from_slice(other));
+        bytes
+    };
+    let empty_component = [0, b'a', b's', b'm', 0x0d, 0, 1, 0];
+    let twice = vec![hostile("allow"), hostile("deny")];
+    let missing = PluginConfig { digest: Some(digest_of(b"other")), ..hostile("allow") };
+    for (configs, wanted) in [
+        (vec![config(Path::new("/nowhere/p.wasm"), json!({}))], "plugin p: cannot read /nowhere/p.wasm"),
+        (vec![file("text.wasm", b"(component)")], "is no WebAssembly; build the plugin"),
+        (vec![file("module.wasm", b"\0asm\x01\0\0\0")], "is a core module and not a component"),
+        (vec![file("cut.wasm", &whole[..whole.len() / 2])], "is no valid component"),
+        (vec![file("short.wasm", &whole[..6])], "is no valid component"),
+        (vec![file("empty.wasm", &empty_component)], "does not export kiln:plugin/setup 1.0.0-rc.1"),
+        (
+            vec![file("newer.wasm", &version(&whole))],
+            "1.0.0-rc.7, and this Kiln offers 1.0.0-rc.1; update Kiln",
+        ),
+        (vec![missing], "and the configuration wants sha256:"),
+        (vec![hostile("refuse-settings")], "refuses its settings: mode: this mode is refused"),
+        (vec![hostile("trap-in-settings")], "while it checked its settings (trap)"),
+        (vec![hostile("spin-in-settings")], "while it checked its settings (timeout)"),
+        (twice, "two plugins have this name"),
+        (vec![config(&plugin("tag-policy"), json!({"deny": "x"}))], "refuses its settings: invalid type"),
+        (vec![config(&plugin("tag-policy"), json!({"alow": []}))], "unknown field `alow`, expected one of"),
+    ] {
+        let error = world.load(configs).await.unwrap_err();
+        assert!(chain(&error).contains(wanted), "wanted {wanted:?}, got {:?}", chain(&error));
+    }
+}
+
+#[tokio::test]
+async fn drafts_and_files_without_a_digest_load_only_if_allowed() {
+    let world = World::new();
+    let load = |plugins: PluginsConfig| {
+        let cache = world.cache();
+        async move { HookHost::load(&plugins, vec![hostile("allow")], &cache).await }
+    };
+    let error = load(PluginsConfig::default()).await.unwrap_err();
+    assert!(matches!(error.cause, LoadCause::Unstable), "{error:?}");
+    let error = load(PluginsConfig { require_digest: true, ..drafts() }).await.unwrap_err();
+    assert!(matches!(error.cause, LoadCause::DigestRequired { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn the_tag_policy_judges_builds_and_images() {
+    let settings = json!({ "deny": ["latest"], "prefix": { "team-b/**": "b-" } });
+    let host = host(config(&plugin("tag-policy"), settings)).await;
+    let rules = |verdicts: &[Verdict]| {
+        let all = verdicts.iter().flat_map(|verdict| &verdict.violations);
+        all.map(|violation| violation.rule.clone()).collect::<Vec<_>>()
+    };
+    for (tags, before, after) in [
+        (vec![("1.0.0", None)], vec![], vec![]),
+        (vec![("latest", None)], vec!["deny"], vec!["deny"]),
+        (vec![("1.0.0", Some(&b"other"[..]))], vec!["release"], vec!["release"]),
+        // The same image again moves nothing.
+        (vec![("1.0.0", Some(&b"manifest"[..]))], vec!["release"], vec![]),
+        (vec![("main", Some(&b"other"[..]))], vec![], vec![]),
+    ] {
+        let verdicts = host.pre_build(Arc::new(build(&tags)), &never()).await;
+        assert_eq!(rules(&verdicts), before, "{tags:?}");
+        assert_eq!(rules(&image(&tags, &host).await), after, "{tags:?}");
+    }
 }

@@ -91,7 +91,8 @@ mod tests {
 
     #[test]
     fn options_and_stages() {
-        let file = Dockerfile::parse("ARG V=1\nFROM a AS b\nFROM c\nCOPY --from=b --chown=1:1 /a /b\n").unwrap();
+        let file =
+            Dockerfile::parse("ARG V=1\nFROM a AS b\nFROM c\nCOPY --from=b --chown=1:1 /a /b\n").unwrap();
         let options: Vec<_> = file.instructions()[3].options().collect();
         assert_eq!(options, [("from", "b"), ("chown", "1:1")]);
         let stages: Vec<_> = (0..4).map(|index| file.stage_of(index)).collect();

@@ -15,15 +15,15 @@ const MAX_TEXT_BYTES: usize = 4096;
 const MAX_NAME_BYTES: usize = 128;
 
 /// The violations of a verdict.
-pub(super) fn violations(all: Vec<types::Violation>) -> Result<Vec<Violation>, Ended> {
+pub(super) fn violations(all: &[types::Violation]) -> Result<Vec<Violation>, Ended> {
     if all.len() > MAX_VIOLATIONS {
         return Err(Ended::Output("more than 200 violations"));
     }
-    all.into_iter().map(violation).collect()
+    all.iter().map(violation).collect()
 }
 
 /// One violation or warning.
-pub(super) fn violation(from: types::Violation) -> Result<Violation, Ended> {
+pub(super) fn violation(from: &types::Violation) -> Result<Violation, Ended> {
     Ok(Violation {
         rule: name(&from.rule)?,
         message: text(&from.message)?,
@@ -85,16 +85,16 @@ mod tests {
 
     #[test]
     fn limits_hold_exactly() {
-        assert!(violations(vec![one("m", "r"); MAX_VIOLATIONS]).is_ok());
-        assert!(violations(vec![one("m", "r"); MAX_VIOLATIONS + 1]).is_err());
-        assert!(violation(one(&"m".repeat(MAX_TEXT_BYTES), "r")).is_ok());
-        assert!(violation(one(&"m".repeat(MAX_TEXT_BYTES + 1), "r")).is_err());
-        assert!(violation(one("m", &"r".repeat(MAX_NAME_BYTES + 1))).is_err());
+        assert!(violations(&vec![one("m", "r"); MAX_VIOLATIONS]).is_ok());
+        assert!(violations(&vec![one("m", "r"); MAX_VIOLATIONS + 1]).is_err());
+        assert!(violation(&one(&"m".repeat(MAX_TEXT_BYTES), "r")).is_ok());
+        assert!(violation(&one(&"m".repeat(MAX_TEXT_BYTES + 1), "r")).is_err());
+        assert!(violation(&one("m", &"r".repeat(MAX_NAME_BYTES + 1))).is_err());
     }
 
     #[test]
     fn nothing_reaches_a_terminal_that_it_acts_on() {
-        let found = violation(one("a\u{1b}[2J\u{9b}b\r\nc\u{202e}d", "r\nr")).unwrap();
+        let found = violation(&one("a\u{1b}[2J\u{9b}b\r\nc\u{202e}d", "r\nr")).unwrap();
         assert_eq!(found.message, "a\u{fffd}[2J\u{fffd}b\u{fffd}\nc\u{fffd}d");
         assert_eq!((found.rule.as_str(), found.at), ("r r", Some((3, 1))));
     }

@@ -21,9 +21,9 @@ mod generated {
 use std::fs::File;
 use std::sync::Arc;
 
+pub(super) use generated::Everything;
 pub(super) use generated::exports::kiln::plugin::{post_push, pre_build, setup};
 pub(super) use generated::kiln::plugin::{effects, host, input, types};
-pub(super) use generated::Everything;
 
 use super::view::{BuildView, ImageView};
 

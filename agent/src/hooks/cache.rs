@@ -24,6 +24,8 @@ const TAG_BYTES: usize = 32;
 const SUFFIX: &str = "cwasm";
 /// A compiled interpreter of 18 MB was 33 MB; code is at most some times its source, which has 64 MiB.
 const MAX_BYTES: u64 = 1 << 30;
+/// Permissions of group and others.
+const OTHERS: u32 = 0o077;
 /// Compiled plugins that are kept; above that the oldest go.
 const MAX_ENTRIES: usize = 64;
 
@@ -134,8 +136,8 @@ impl Cache {
     fn write(&self, name: &str, code: &[u8]) -> Result<(), CacheError> {
         self.make_room()?;
         let path = self.directory.join(name);
-        let mut file =
-            tempfile::NamedTempFile::new_in(&self.directory).map_err(io_error("create a file in", &self.directory))?;
+        let mut file = tempfile::NamedTempFile::new_in(&self.directory)
+            .map_err(io_error("create a file in", &self.directory))?;
         let tag = self.mac(name, code).finalize().into_bytes();
         file.write_all(&tag).and_then(|()| file.write_all(code)).map_err(io_error("write", file.path()))?;
         file.persist(&path).map(drop).map_err(|error| io_error("rename a file to", &path)(error.error))
@@ -172,7 +174,7 @@ fn entry_name(engine: &Engine, digest: &Digest) -> String {
 
 fn check_private(path: &Path, metadata: &fs::Metadata) -> Result<(), CacheError> {
     let (mode, owner) = (metadata.permissions().mode() & 0o7777, metadata.uid());
-    if owner == rustix::process::geteuid().as_raw() && mode & 0o077 == 0 {
+    if owner == rustix::process::geteuid().as_raw() && mode & OTHERS == 0 {
         return Ok(());
     }
     Err(CacheError::Exposed { path: path.to_owned(), mode, owner })
@@ -195,7 +197,8 @@ fn make_key(directory: &Path, path: &Path) -> Result<(), CacheError> {
     let mut key = [0; KEY_BYTES];
     let random = Path::new("/dev/urandom");
     File::open(random).and_then(|mut file| file.read_exact(&mut key)).map_err(io_error("read", random))?;
-    let mut file = tempfile::NamedTempFile::new_in(directory).map_err(io_error("create a file in", directory))?;
+    let mut file =
+        tempfile::NamedTempFile::new_in(directory).map_err(io_error("create a file in", directory))?;
     file.write_all(&key).map_err(io_error("write", file.path()))?;
     match file.persist_noclobber(path) {
         Ok(_) => Ok(()),

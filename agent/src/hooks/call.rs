@@ -61,7 +61,10 @@ pub(super) async fn call(plugin: &Plugin, subject: &Subject, stop: &StopSignal) 
 }
 
 /// Asks the plugin whether it can use its settings.
-pub(super) async fn validate(plugin: &Plugin, stop: &StopSignal) -> Result<Vec<types::Violation>, (Outcome, String)> {
+pub(super) async fn validate(
+    plugin: &Plugin,
+    stop: &StopSignal,
+) -> Result<Vec<types::Violation>, (Outcome, String)> {
     let mut store = store(plugin, stop);
     let settings = &plugin.terms.settings;
     let result = bounded(plugin, stop, async {
@@ -147,7 +150,9 @@ async fn judge_image(
 fn of_fault(fault: Fault) -> Said {
     let (outcome, text) = match fault {
         Fault::CapabilityDenied(text) => (Outcome::CapabilityDenied, text),
-        Fault::InvalidSettings(text) | Fault::Unavailable(text) | Fault::Other(text) => (Outcome::Fault, text),
+        Fault::InvalidSettings(text) | Fault::Unavailable(text) | Fault::Other(text) => {
+            (Outcome::Fault, text)
+        }
     };
     Said::Nothing(outcome, answer::shortened(&text))
 }

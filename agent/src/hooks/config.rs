@@ -328,7 +328,8 @@ mod tests {
 
     #[test]
     fn what_is_not_built_yet_is_refused_like_a_mistyped_key() {
-        let with = |line: &str| format!("[[plugin]]\nname=\"a\"\nsource=\"file:a\"\nmode=\"enforce\"\n{line}\n");
+        let with =
+            |line: &str| format!("[[plugin]]\nname=\"a\"\nsource=\"file:a\"\nmode=\"enforce\"\n{line}\n");
         assert!(parse(&with("")).is_ok());
         for (line, wanted) in [
             ("may_mutate = [\"tags\"]", "unknown field `may_mutate`"),
@@ -374,7 +375,8 @@ mod tests {
         };
         let (toml, json) = (path("s.toml", "a = 1\n"), path("s.json", "{\"a\":1}"));
         for settings in [toml, json] {
-            let config = PluginConfig::from_option(&format!("/p/tag-policy.wasm,settings={settings}")).unwrap();
+            let config =
+                PluginConfig::from_option(&format!("/p/tag-policy.wasm,settings={settings}")).unwrap();
             assert_eq!((config.name.as_str(), config.mode), ("tag-policy", Mode::Enforce));
             assert_eq!(config.settings_json(), r#"{"a":1}"#);
         }

@@ -103,13 +103,17 @@ pub enum LoadCause {
     )]
     Unstable,
     /// It needs what no plugin gets.
-    #[error("it imports {interface}, which this Kiln does not offer; build it for a world of kiln:plugin {API_VERSION}")]
+    #[error(
+        "it imports {interface}, which this Kiln does not offer; build it for a world of kiln:plugin {API_VERSION}"
+    )]
     Import {
         /// What it imports.
         interface: String,
     },
     /// An interface has our name and version and another shape.
-    #[error("its {interface} is not that of kiln:plugin {API_VERSION}: {reason}; build it from the published wit/v1")]
+    #[error(
+        "its {interface} is not that of kiln:plugin {API_VERSION}: {reason}; build it from the published wit/v1"
+    )]
     Shape {
         /// Which.
         interface: String,

@@ -127,7 +127,11 @@ mod tests {
             ("r.example.com/**", "x.example.com/r.example.com/app", true),
             ("**", "", true),
         ] {
-            assert_eq!(Glob::new(glob).unwrap().matches_repository(repository), expected, "{glob} {repository}");
+            assert_eq!(
+                Glob::new(glob).unwrap().matches_repository(repository),
+                expected,
+                "{glob} {repository}"
+            );
         }
     }
 

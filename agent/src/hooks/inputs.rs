@@ -197,8 +197,11 @@ impl input::HostBuild for CallState {
         let Ok(glob) = Glob::new(&glob) else { return Ok(Vec::new()) };
         let matching = build.context.files().iter().filter(|file| glob.matches(&file.path));
         let page = matching.skip(page.offset as usize).take(page.limit.min(MAX_PAGE) as usize);
-        let entry =
-            |file: &super::view::ContextFile| FileEntry { path: file.path.clone(), size: file.size, mode: file.mode };
+        let entry = |file: &super::view::ContextFile| FileEntry {
+            path: file.path.clone(),
+            size: file.size,
+            mode: file.mode,
+        };
         Ok(page.map(entry).collect())
     }
 

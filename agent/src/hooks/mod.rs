@@ -142,16 +142,16 @@ impl HookHost {
 
     async fn ask(&self, hook: Hook, subject: &Subject, stop: &StopSignal) -> Vec<Verdict> {
         let Some(threads) = self.machine.threads() else { return Vec::new() };
-        let judging = |plugin: &&Arc<Plugin>| {
-            plugin.judges(subject.repository()) && plugin.hooks().contains(&hook)
-        };
+        let judging =
+            |plugin: &&Arc<Plugin>| plugin.judges(subject.repository()) && plugin.hooks().contains(&hook);
         let asked: Vec<_> = self.plugins.iter().filter(judging).collect();
         let mut answers: Vec<Verdict> = asked.iter().map(|p| verdicts::lost(p, hook, subject)).collect();
         let mut tasks = JoinSet::new();
         for (index, plugin) in asked.into_iter().enumerate() {
             let (plugin, subject, stop) = (Arc::clone(plugin), subject.clone(), stop.clone());
             let permits = Arc::clone(&self.permits);
-            let verdict = async move { (index, verdicts::ask(&plugin, hook, &subject, &permits, &stop).await) };
+            let verdict =
+                async move { (index, verdicts::ask(&plugin, hook, &subject, &permits, &stop).await) };
             tasks.spawn_on(verdict, threads);
         }
         while let Some(joined) = tasks.join_next().await {

@@ -13,7 +13,7 @@ impl host::Host for CallState {
         self.count_call()?;
         let mut line = message;
         for (key, value) in fields {
-            line.push_str(&format!(" {key}={value}"));
+            line.extend([" ", &key, "=", &value]);
         }
         let cost = line.len().max(1);
         if cost > self.log_left {
@@ -59,7 +59,7 @@ impl effects::HostReport for CallState {
         if self.report.warnings.len() == MAX_VIOLATIONS {
             return Err(wasmtime::Error::new(Ended::Output("more than 200 warnings")));
         }
-        self.report.warnings.push(answer::violation(violation).map_err(wasmtime::Error::new)?);
+        self.report.warnings.push(answer::violation(&violation).map_err(wasmtime::Error::new)?);
         Ok(())
     }
 

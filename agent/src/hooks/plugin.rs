@@ -179,7 +179,11 @@ fn check_version(name: &str, known: &[&str]) -> Result<(), LoadCause> {
         return Err(LoadCause::Import { interface: format!("{PACKAGE}{name}") });
     }
     let newer = wanted > API_VERSION;
-    let fix = if newer { "update Kiln, or build the plugin from its wit/v1" } else { "build the plugin from its wit/v1" };
+    let fix = if newer {
+        "update Kiln, or build the plugin from its wit/v1"
+    } else {
+        "build the plugin from its wit/v1"
+    };
     Err(LoadCause::Version { interface: format!("{PACKAGE}{interface}"), wanted: wanted.to_owned(), fix })
 }
 
@@ -195,7 +199,9 @@ fn wanted_hooks(config: &PluginConfig, exported: impl Fn(Hook) -> bool) -> Resul
     }
     match &config.hooks {
         None => Ok(all.into_iter().filter(|hook| exported(*hook)).collect()),
-        Some(hooks) if hooks.is_empty() => Err(LoadCause::Config("hooks: an empty list calls nothing".to_owned())),
+        Some(hooks) if hooks.is_empty() => {
+            Err(LoadCause::Config("hooks: an empty list calls nothing".to_owned()))
+        }
         Some(hooks) => match hooks.iter().find(|hook| !exported(**hook)) {
             Some(hook) => Err(LoadCause::MissingHook { hook: *hook }),
             None => Ok(hooks.clone()),

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kiln_protocol::verdict::{Note, Outcome, Violation};
-use wasmtime::component::ResourceTable;
 use wasmtime::ResourceLimiter;
+use wasmtime::component::ResourceTable;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 
 use super::config::Limits;

@@ -38,12 +38,9 @@ impl Subject {
 /// The plugin, if it accepts its settings.
 pub(super) async fn validated(plugin: Plugin) -> Result<Plugin, LoadCause> {
     let problems = call::validate(&plugin, &never()).await;
-    let problems =
-        problems.map_err(|(outcome, detail)| LoadCause::SettingsFailed { outcome, detail })?;
-    let problems = answer::violations(problems).map_err(|ended| LoadCause::SettingsFailed {
-        outcome: ended.outcome(),
-        detail: ended.to_string(),
-    })?;
+    let problems = problems.map_err(|(outcome, detail)| LoadCause::SettingsFailed { outcome, detail })?;
+    let problems = answer::violations(&problems)
+        .map_err(|ended| LoadCause::SettingsFailed { outcome: ended.outcome(), detail: ended.to_string() })?;
     if problems.is_empty() { Ok(plugin) } else { Err(LoadCause::Settings { problems }) }
 }
 
@@ -122,7 +119,7 @@ fn judged(said: Said) -> (Outcome, Option<String>, Vec<Violation>) {
     match said {
         Said::Nothing(outcome, detail) => (outcome, Some(detail), Vec::new()),
         Said::Verdict(types::Verdict::Allow) => (Outcome::Allow, None, Vec::new()),
-        Said::Verdict(types::Verdict::Deny(violations)) => match answer::violations(violations) {
+        Said::Verdict(types::Verdict::Deny(violations)) => match answer::violations(&violations) {
             Ok(violations) => (Outcome::Deny, None, violations),
             Err(ended) => (ended.outcome(), Some(ended.to_string()), Vec::new()),
         },

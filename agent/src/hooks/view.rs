@@ -206,7 +206,8 @@ pub struct ImageView {
     pub config: Arc<[u8]>,
     /// Lowest first.
     pub layers: Vec<LayerView>,
-    blobs: BlobStore,
+    /// Where the blobs of the layers lie.
+    pub blobs: BlobStore,
 }
 
 /// A layer.

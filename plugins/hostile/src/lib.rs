@@ -130,7 +130,7 @@ fn consume(mode: &str) -> Verdict {
             }
         }
         "trap" => panic!("on purpose"),
-        "recursion" => deny(depth(1).to_string()),
+        "recursion" => say(&depth(1).to_string()),
         "exit" => std::process::exit(0),
         "sleep" => std::thread::sleep(std::time::Duration::from_mins(10)),
         "print-flood" => (0..100_000).for_each(|line| println!("{line}")),
@@ -139,8 +139,8 @@ fn consume(mode: &str) -> Verdict {
     Verdict::Allow
 }
 
-fn deny(message: String) {
-    host::log(Level::Error, &message, &[]);
+fn say(message: &str) {
+    host::log(Level::Error, message, &[]);
 }
 
 fn spin() -> ! {

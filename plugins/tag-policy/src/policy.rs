@@ -73,7 +73,8 @@ fn semver(wanted: Semver, tag: &str) -> Option<Finding> {
 fn prefix(settings: &Settings, repository: &str, tag: &str) -> Option<Finding> {
     let path = repository.split_once('/').map_or(repository, |(_, path)| path);
     let applies = |pattern: &str| pattern::matches(pattern, repository) || pattern::matches(pattern, path);
-    let broken = |(pattern, prefix): &(&String, &String)| applies(pattern) && !tag.starts_with(prefix.as_str());
+    let broken =
+        |(pattern, prefix): &(&String, &String)| applies(pattern) && !tag.starts_with(prefix.as_str());
     let (pattern, prefix) = settings.prefix.iter().find(broken)?;
     let message = format!("tag `{tag}` does not begin with `{prefix}`, as tags of `{pattern}` do");
     Some(finding("prefix", message))
@@ -96,7 +97,12 @@ mod tests {
     #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
     use super::*;
 
-    fn rules(settings: &str, repository: &str, tags: &[&str], existing: Option<(&str, &str)>) -> Vec<&'static str> {
+    fn rules(
+        settings: &str,
+        repository: &str,
+        tags: &[&str],
+        existing: Option<(&str, &str)>,
+    ) -> Vec<&'static str> {
         let settings = Settings::parse(settings).unwrap();
         let tags: Vec<String> = tags.iter().map(|tag| (*tag).to_owned()).collect();
         let now = |tag: &str| existing.filter(|(name, _)| *name == tag).map(|(_, digest)| digest.to_owned());

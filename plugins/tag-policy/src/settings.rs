@@ -58,7 +58,8 @@ impl Settings {
         for (repository, prefix) in &self.prefix {
             if !prefix.chars().all(is_tag_character) || prefix.is_empty() {
                 let rule = "letters, digits, _ . -, at least one";
-                problems.push(format!("prefix.\"{repository}\": `{prefix}` cannot begin a tag; write {rule}"));
+                problems
+                    .push(format!("prefix.\"{repository}\": `{prefix}` cannot begin a tag; write {rule}"));
             }
         }
         problems
@@ -73,7 +74,8 @@ fn wrong_pattern(key: &str, pattern: &str) -> Option<String> {
     if chars > MAX_CHARS {
         return Some(format!("{key}: a pattern of {chars} characters; at most {MAX_CHARS}"));
     }
-    let fits = |c: char| is_tag_character(c) || matches!(c, '*' | '?') || (key == "prefix" && "/:".contains(c));
+    let fits =
+        |c: char| is_tag_character(c) || matches!(c, '*' | '?') || (key == "prefix" && "/:".contains(c));
     let wrong = pattern.chars().find(|c| !fits(*c))?;
     Some(format!("{key}: `{pattern}` never matches, because of `{wrong}`; globs have * and ? only"))
 }

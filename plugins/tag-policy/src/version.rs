@@ -45,9 +45,19 @@ mod tests {
         for pre in ["1.2.3-rc.1", "v1.0.0-0", "1.0.0-a-b.7z", "1.0.0--"] {
             assert_eq!(parse(pre), Some(Version::PreRelease), "{pre}");
         }
-        for not in
-            ["", "1", "1.2", "1.2.3.4", "01.2.3", "1.2.3-", "1.2.3-01", "1.2.3-a..b", "vv1.2.3", "latest", "1.2.x"]
-        {
+        for not in [
+            "",
+            "1",
+            "1.2",
+            "1.2.3.4",
+            "01.2.3",
+            "1.2.3-",
+            "1.2.3-01",
+            "1.2.3-a..b",
+            "vv1.2.3",
+            "latest",
+            "1.2.x",
+        ] {
             assert_eq!(parse(not), None, "{not}");
         }
     }
