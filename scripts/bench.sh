@@ -6,3 +6,5 @@ cd "$(dirname "$0")/.."
 cargo build --locked --release --package=kiln --bin=kiln
 target=$(cargo metadata --format-version=1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
 KILN_BIN=$target/release/kiln cargo bench --locked --package=kiln-tests --bench=overhead --bench=cache
+scripts/plugins.sh
+KILN_PLUGINS=$target/plugins cargo bench --locked --package=kiln-agent --bench=hooks

@@ -1,4 +1,5 @@
 //! Real guests in the real host. `make plugins` builds them; `KILN_PLUGINS` says where they are.
+#![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -366,7 +367,9 @@ async fn what_does_not_load_says_why_and_what_to_do() {
         let (wanted, other) = (&b"1.0.0-rc.1"[..], &b"1.0.0-rc.7"[..]);
         let mut bytes = from.to_vec();
         let places: Vec<usize> = (0..bytes.len() - 10).filter(|at| &bytes[*at..at + 10] == wanted).collect();
-        places.into_iter().for_each(|at| bytes[at..at + 10].copy_from_slice(other));
+        for at in places {
+            bytes[at..at + 10].copy_from_slice(other);
+        }
         bytes
     };
     let empty_component = [0, b'a', b's', b'm', 0x0d, 0, 1, 0];

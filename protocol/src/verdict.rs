@@ -222,7 +222,7 @@ mod tests {
             assert_eq!(verdict(outcome, None).passed(), outcome == Outcome::Allow, "{outcome}");
             assert_eq!(decide(&[verdict(outcome, None)]).err(), outcome.reason(), "{outcome}");
             assert_eq!(decide(&[verdict(outcome, Some(Waiver::Audit))]), Ok(()), "{outcome}");
-            assert_eq!(verdict(outcome, Some(Waiver::OnFailure)).brief().passed, true);
+            assert!(verdict(outcome, Some(Waiver::OnFailure)).brief().passed);
         }
     }
 

@@ -94,7 +94,6 @@ fn move_of_release(settings: &Settings, tag: &str, moves: Moves<'_>) -> Option<F
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
     use super::*;
 
     fn rules(
