@@ -78,6 +78,7 @@ pub struct StoredBlob {
 /// A folder of blobs, `blobs/sha256/<hex>` as in an OCI image layout.
 #[derive(Debug, Clone)]
 pub struct BlobStore {
+    root: PathBuf,
     directory: PathBuf,
     lifetime: Lifetime,
 }
@@ -101,12 +102,17 @@ impl BlobStore {
         let directory = root.join("blobs").join("sha256");
         make(ROOT_MODE, root)?;
         make(0o755, &directory)?;
-        Ok(Self { directory, lifetime: Lifetime::Lasting })
+        Ok(Self { root: root.to_owned(), directory, lifetime: Lifetime::Lasting })
     }
 
     /// As [`BlobStore::open`], for blobs that end with one build.
     pub fn of_one_build(root: &Path) -> Result<Self, BlobError> {
         Ok(Self { lifetime: Lifetime::OfOneBuild, ..Self::open(root)? })
+    }
+
+    /// What [`BlobStore::open`] was given.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Where a blob lies, or would lie.

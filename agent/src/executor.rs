@@ -7,6 +7,7 @@ mod failure;
 mod image;
 mod kept;
 mod log;
+mod policies;
 mod prepare;
 
 use std::fs::File;
@@ -15,6 +16,7 @@ use std::time::Instant;
 
 use kiln_protocol::request::BuildRequest;
 use kiln_protocol::result::{BuildResult, Failure, Location, LogSummary, Phase, PhaseDuration};
+use kiln_protocol::verdict::Verdict;
 use kiln_protocol::{BuildId, Digest, Reason};
 use tokio::sync::mpsc;
 
@@ -23,6 +25,7 @@ use crate::bases::Base;
 use crate::caches::CacheLease;
 use crate::dockerfile::{BuildInput, Dockerfile};
 use crate::error::chain;
+use crate::hooks::view::BuildView;
 use crate::housekeeping;
 use crate::layers::{LayerCache, LayerLease};
 use crate::registry::{Credentials, ResolvedImage};
@@ -33,6 +36,8 @@ use crate::state::Job;
 use crate::stop::{self, StopReason, StopSignal};
 
 pub use log::LAST_LINES;
+pub use policies::{Place, Policies};
+pub(crate) use policies::{judged, verdict_lines};
 
 /// A value that RUN steps may mount and nobody may see.
 #[derive(Clone)]
@@ -84,6 +89,10 @@ pub struct Finished {
     pub blobs: crate::blobs::BlobStore,
     /// The end of the log.
     pub last_lines: Vec<String>,
+    /// What policies said before the build.
+    pub verdicts: Vec<Verdict>,
+    /// What they saw, by repository: what they see of the image goes with it.
+    pub views: Vec<Arc<BuildView>>,
     _job: Job,
 }
 
@@ -100,6 +109,8 @@ pub struct Order {
     pub inputs: BuildInputs,
     /// Layers of earlier builds; without one, every instruction runs and leaves nothing to others.
     pub layers: Option<LayerCache>,
+    /// Who must be asked before anything is built.
+    pub policies: Option<Policies>,
 }
 
 /// Runs a build to its end. Never fails by itself: what goes wrong is in the result.
@@ -135,6 +146,9 @@ struct Run {
     request: BuildRequest,
     inputs: BuildInputs,
     layer_cache: Option<LayerCache>,
+    policies: Option<Policies>,
+    verdicts: Vec<Verdict>,
+    views: Vec<Arc<BuildView>>,
     /// The layer cache in use.
     layers: Option<LayerLease>,
     events: mpsc::Sender<Event>,
@@ -179,7 +193,7 @@ impl Run {
         events: mpsc::Sender<Event>,
         stop: StopSignal,
     ) -> Result<Self, crate::state::StateError> {
-        let Order { build, job, request, inputs, layers } = order;
+        let Order { build, job, request, inputs, layers, policies } = order;
         let blobs = crate::blobs::BlobStore::of_one_build(job.dir())?;
         let (phase, phase_began) = (Phase::Plan, Instant::now());
         Ok(Self {
@@ -189,6 +203,9 @@ impl Run {
             request,
             inputs,
             layer_cache: layers,
+            policies,
+            verdicts: Vec::new(),
+            views: Vec::new(),
             layers: None,
             events,
             stop,
@@ -222,7 +239,16 @@ impl Run {
         let result =
             BuildResult { build_id: self.build, outcome, phases: self.phases, log: log.summary, steps };
         let last_lines = log.last_lines;
-        Finished { result, image, root_filesystem, blobs: self.blobs, last_lines, _job: self.job }
+        Finished {
+            result,
+            image,
+            root_filesystem,
+            blobs: self.blobs,
+            last_lines,
+            verdicts: self.verdicts,
+            views: self.views,
+            _job: self.job,
+        }
     }
 
     /// What the user reads. Every failure quotes the Dockerfile, so every one is redacted.
@@ -243,6 +269,8 @@ impl Run {
             }
             StopReason::ClientGone => "the client that waited for it is gone".to_owned(),
             StopReason::Cancelled => "somebody asked for it to stop".to_owned(),
+            StopReason::Drain => "the agent shuts down".to_owned(),
+            StopReason::Revoked => "somebody else has it".to_owned(),
         };
         let hint = (stop == StopReason::Timeout).then(|| "raise --timeout or build.timeout".to_owned());
         Failure { reason: stop.reason(), message, hint, limit: None, run_exit_code: None, ..failure }
@@ -257,8 +285,13 @@ impl Run {
 
     async fn attempt(&mut self, log: std::os::fd::OwnedFd) -> Attempt<Built> {
         let planned = self.plan()?;
+        self.enter(Phase::Resolve).await;
+        let _in_use = self.use_blobs().await?;
+        let resolved = self.resolve_all(&planned).await?;
+        self.enter(Phase::PreBuild).await;
+        self.ask_policies(&planned, &resolved).await?;
         self.enter(Phase::Fetch).await;
-        let bases = self.fetch(&planned).await?;
+        let bases = self.fetch(resolved).await?;
         self.check_triggers(&bases).await?;
         self.enter(Phase::Slot).await;
         let cache = self.cache(&planned, &bases).await?;

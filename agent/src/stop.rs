@@ -6,21 +6,27 @@ use tokio::sync::watch;
 /// Why a build is to stop. A later, higher one replaces a lower one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum StopReason {
+    /// The agent shuts down and gives its builds back.
+    Drain,
     /// It took longer than it may.
     Timeout,
     /// Whoever waited for it is gone.
     ClientGone,
     /// Somebody asked.
     Cancelled,
+    /// Somebody else has the build, so nobody wants its end.
+    Revoked,
 }
 
 impl StopReason {
     /// The reason that the build ends with.
     pub const fn reason(self) -> Reason {
         match self {
+            Self::Drain => Reason::AgentDrain,
             Self::Timeout => Reason::Timeout,
             Self::ClientGone => Reason::ClientGone,
             Self::Cancelled => Reason::Cancelled,
+            Self::Revoked => Reason::AgentLost,
         }
     }
 }

@@ -11,3 +11,8 @@ pub(crate) fn millis(duration: Duration) -> u64 {
 pub(crate) fn now() -> Duration {
     Duration::try_from(jiff::Timestamp::now().as_duration()).unwrap_or_default()
 }
+
+/// From 0 to 1, to spread what would otherwise happen at once.
+pub(crate) fn jitter() -> f64 {
+    fastrand::f64()
+}

@@ -297,6 +297,7 @@ fn again(found: &Recorded) -> ClaimAnswer {
             ttl_ms: TTL_MS,
             committed: commit.image.clone(),
             open: build.open_targets(spec),
+            lost: spec.destinations.iter().filter(|d| d.image().is_none()).map(ToString::to_string).collect(),
             credentials: spec.credentials.clone(),
         })),
         (Lane::Publish, None) => ClaimAnswer::Nothing,

@@ -190,6 +190,8 @@ pub struct PublishGrant {
     pub committed: Committed,
     /// The targets that were not answered yet.
     pub open: Vec<Target>,
+    /// Destinations that only the lost holder could reach.
+    pub lost: Vec<String>,
     /// Where the credentials are.
     pub credentials: SecretSource,
 }

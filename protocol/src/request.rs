@@ -60,4 +60,7 @@ pub struct BuildRequest {
     pub timeout: Duration,
     /// The target's files are wanted (`type=local`, `type=tar`), not only the image.
     pub root_filesystem: bool,
+    /// No layer of an earlier build is taken over.
+    #[serde(default)]
+    pub no_cache: bool,
 }

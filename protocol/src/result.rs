@@ -7,7 +7,7 @@ use crate::{BuildId, Digest, Reason};
 
 /// A phase of a build, in the order in which they run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// Open the data directory and clean up what killed builds left.
     Start,
@@ -15,7 +15,13 @@ pub enum Phase {
     Pack,
     /// Read the request and the Dockerfile.
     Plan,
-    /// Resolve and fetch base images.
+    /// Ask the registries of the targets whether the image may go there.
+    Probe,
+    /// Resolve base images to digests.
+    Resolve,
+    /// Ask the policies about the build.
+    PreBuild,
+    /// Fetch base images.
     Fetch,
     /// Start the sealed slot.
     Slot,
@@ -29,6 +35,14 @@ pub enum Phase {
     Seal,
     /// End the slot and delete its files.
     Clean,
+    /// Bring the image to its registries, by digest.
+    Upload,
+    /// Ask the policies about the image.
+    PostPush,
+    /// Ask for the right to publish.
+    Commit,
+    /// Move the tags.
+    Publish,
     /// Write what the user asked for.
     Output,
 }
@@ -40,6 +54,9 @@ impl Phase {
             Self::Start => "start",
             Self::Pack => "pack",
             Self::Plan => "plan",
+            Self::Probe => "probe",
+            Self::Resolve => "resolve",
+            Self::PreBuild => "pre-build",
             Self::Fetch => "fetch",
             Self::Slot => "slot",
             Self::Unpack => "unpack",
@@ -47,6 +64,10 @@ impl Phase {
             Self::Export => "export",
             Self::Seal => "seal",
             Self::Clean => "clean",
+            Self::Upload => "upload",
+            Self::PostPush => "post-push",
+            Self::Commit => "commit",
+            Self::Publish => "publish",
             Self::Output => "output",
         }
     }

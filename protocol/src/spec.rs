@@ -187,6 +187,7 @@ pub(crate) mod tests {
                 network: NetworkMode::Isolated,
                 timeout: Duration::from_hours(1),
                 root_filesystem: false,
+                no_cache: false,
             },
             context: ContextRef { digest: Digest::from_sha256([0; 32]), size: 1024 },
             destinations: vec![Destination::Image("r.example/app:1".parse().unwrap())],

@@ -109,21 +109,39 @@ impl Run {
         }
     }
 
-    pub(super) async fn fetch(&self, planned: &Planned) -> Attempt<Vec<Named>> {
+    fn registry(&self) -> Attempt<Registry> {
+        let registry = self.agent.registry(self.inputs.credentials.clone());
+        registry.map_err(|e| self.fail(Reason::NodeUnfit, chain(&e)))
+    }
+
+    /// While this is held, nobody deletes blobs that nothing refers to yet.
+    pub(super) async fn use_blobs(&self) -> Attempt<std::fs::File> {
+        self.agent.state.use_blobs().await.map_err(|e| self.fail(Reason::StoreCorrupt, chain(&e)))
+    }
+
+    /// What every name stands for, at this moment and for these credentials.
+    pub(super) async fn resolve_all(&self, planned: &Planned) -> Attempt<Vec<Resolved>> {
         if planned.references.is_empty() {
             return Ok(Vec::new());
         }
-        let registry = self.agent.registry(self.inputs.credentials.clone());
-        let registry = registry.map_err(|e| self.fail(Reason::NodeUnfit, chain(&e)))?;
-        let state = &self.agent.state;
-        let _in_use = state.use_blobs().await.map_err(|e| self.fail(Reason::StoreCorrupt, chain(&e)))?;
-        let mut bases: Vec<Named> = Vec::new();
+        let registry = self.registry()?;
+        let mut resolved: Vec<Resolved> = Vec::new();
         for reference in &planned.references {
-            if bases.iter().any(|named| named.name == reference.lookup) {
-                continue;
+            if !resolved.iter().any(|known| known.name == reference.lookup) {
+                resolved.push(self.or_stop(self.resolve(&registry, reference)).await?);
             }
-            let resolved = self.or_stop(self.resolve(&registry, reference)).await?;
-            bases.push(self.make_available(&registry, resolved).await?);
+        }
+        Ok(resolved)
+    }
+
+    pub(super) async fn fetch(&self, resolved: Vec<Resolved>) -> Attempt<Vec<Named>> {
+        if resolved.is_empty() {
+            return Ok(Vec::new());
+        }
+        let registry = self.registry()?;
+        let mut bases = Vec::with_capacity(resolved.len());
+        for image in resolved {
+            bases.push(self.make_available(&registry, image).await?);
         }
         Ok(bases)
     }

@@ -155,6 +155,7 @@ mod tests {
             network: NetworkMode::Isolated,
             timeout: Duration::from_secs(1),
             root_filesystem: false,
+            no_cache: false,
         }
     }
 

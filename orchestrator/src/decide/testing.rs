@@ -58,6 +58,7 @@ pub(crate) fn spec() -> BuildSpec {
             network: NetworkMode::Isolated,
             timeout: std::time::Duration::from_hours(1),
             root_filesystem: false,
+            no_cache: false,
         },
         context: ContextRef { digest: digest(0), size: 1024 },
         destinations: vec![image("r.example/app:1"), image("r.example/app:latest")],

@@ -1,0 +1,225 @@
+//! Reports that nobody has confirmed yet (shell).
+//!
+//! A report says everything about its attempt, so only the newest one of each attempt is kept. It lies on disk
+//! from the moment something happened that the orchestrator must not miss, until a renewal says that it was taken.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kiln_protocol::BuildId;
+use kiln_protocol::envelope::{self, Message as _};
+use kiln_protocol::id::{AgentId, MessageId};
+use kiln_protocol::message::{LeaseKey, Renewed, Report, Snapshot, Standing};
+use kiln_protocol::topology;
+use kiln_transport::{Bus, Message};
+use tokio::sync::Notify;
+
+use crate::error::chain;
+
+/// Reports that wait to be confirmed.
+#[derive(Debug)]
+pub(super) struct Spool {
+    directory: PathBuf,
+    entries: Mutex<BTreeMap<BuildId, Entry>>,
+    changed: Notify,
+}
+
+#[derive(Debug, Clone)]
+struct Entry {
+    report: Report,
+    /// It must reach the orchestrator whatever happens.
+    durable: bool,
+    sent: bool,
+}
+
+impl Spool {
+    /// Opens the spool. Reports of an earlier run are dropped: its leases are lost with it.
+    pub(super) fn open(directory: &Path) -> std::io::Result<Arc<Self>> {
+        if directory.exists() {
+            std::fs::remove_dir_all(directory)?;
+        }
+        std::fs::create_dir_all(directory)?;
+        Ok(Arc::new(Self {
+            directory: directory.to_owned(),
+            entries: Mutex::new(BTreeMap::new()),
+            changed: Notify::new(),
+        }))
+    }
+
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<BuildId, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a report. A durable one is on disk when this returns.
+    fn put(&self, report: Report, durable: bool) {
+        let build = report.lease.build;
+        if durable && let Err(error) = self.write(&report) {
+            // It is in memory and will be sent; only a death of this process right now would lose it.
+            tracing::error!(%build, %error, "a report cannot be kept on disk");
+        }
+        let mut entries = self.entries();
+        let durable =
+            durable || entries.get(&build).is_some_and(|e| e.durable && e.report.lease == report.lease);
+        entries.insert(build, Entry { report, durable, sent: false });
+        drop(entries);
+        self.changed.notify_one();
+    }
+
+    fn write(&self, report: &Report) -> std::io::Result<()> {
+        let path = self.path(report.lease.build);
+        let mut file = tempfile::NamedTempFile::new_in(&self.directory)?;
+        file.write_all(&serde_json::to_vec(report)?)?;
+        file.as_file().sync_all()?;
+        file.persist(&path)?;
+        std::fs::File::open(&self.directory)?.sync_all()
+    }
+
+    fn path(&self, build: BuildId) -> PathBuf {
+        self.directory.join(format!("{build}.json"))
+    }
+
+    /// Leases of reports that the orchestrator must still confirm.
+    pub(super) fn unconfirmed(&self) -> Vec<LeaseKey> {
+        self.entries().values().filter(|entry| entry.durable).map(|entry| entry.report.lease).collect()
+    }
+
+    /// A renewal said what was taken. Reports that were not are sent again.
+    pub(super) fn settle(&self, key: &LeaseKey, renewed: &Renewed) {
+        let mut entries = self.entries();
+        let Some(entry) = entries.get_mut(&key.build).filter(|entry| entry.report.lease == *key) else {
+            return;
+        };
+        let over = matches!(renewed.standing, Standing::Finished | Standing::Revoked);
+        let taken = renewed.last_seq >= entry.report.seq;
+        if over || (taken && entry.report.snapshot.end.is_some()) {
+            entries.remove(&key.build);
+            drop(entries);
+            // A file that stays is dropped at the next start.
+            let _ = std::fs::remove_file(self.path(key.build));
+            self.changed.notify_waiters();
+        } else if !taken {
+            entry.sent = false;
+            drop(entries);
+            self.changed.notify_one();
+        }
+    }
+
+    /// Waits until everything durable is confirmed.
+    pub(super) async fn until_confirmed(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.unconfirmed().is_empty() {
+                return;
+            }
+            // Renewals go on beside this, so the answer comes without being asked for.
+            let _ = tokio::time::timeout(std::time::Duration::from_millis(100), changed).await;
+        }
+    }
+
+    /// Sends reports as they come, the newest of each attempt.
+    pub(super) async fn send_all(&self, bus: &Bus, agent: &AgentId) {
+        loop {
+            let changed = self.changed.notified();
+            let next = self.entries().values().find(|entry| !entry.sent).map(|entry| entry.report.clone());
+            let Some(report) = next else {
+                changed.await;
+                continue;
+            };
+            self.mark_sent(&report);
+            if let Err(error) = send(bus, agent, &report).await {
+                // The next renewal finds that it was not taken.
+                tracing::warn!(build = %report.lease.build, error, "a report was not taken by the bus");
+            }
+        }
+    }
+
+    fn mark_sent(&self, report: &Report) {
+        let mut entries = self.entries();
+        if let Some(entry) = entries.get_mut(&report.lease.build).filter(|entry| entry.report == *report) {
+            entry.sent = true;
+        }
+    }
+
+    /// Reports about one attempt.
+    pub(super) fn reporter(self: &Arc<Self>, lease: LeaseKey) -> Reporter {
+        Reporter { spool: Arc::clone(self), lease, known: Mutex::default() }
+    }
+}
+
+async fn send(bus: &Bus, agent: &AgentId, report: &Report) -> Result<(), String> {
+    let body = envelope::encode(report).map_err(|e| chain(&e))?;
+    let message = Message::new(MessageId::generate().as_uuid(), Report::TYPE, body);
+    let sent = bus.publish(topology::REPORTS, &topology::reports(agent), message, true).await;
+    match sent.map_err(|e| chain(&e))? {
+        kiln_transport::Published::Confirmed => Ok(()),
+        other => Err(format!("{other:?}")),
+    }
+}
+
+/// What is known of one attempt, and its way to the orchestrator.
+#[derive(Debug)]
+pub(super) struct Reporter {
+    spool: Arc<Spool>,
+    lease: LeaseKey,
+    known: Mutex<(u64, Snapshot)>,
+}
+
+impl Reporter {
+    /// Something changed that people like to see. May be lost.
+    pub(super) fn progress(&self, change: impl FnOnce(&mut Snapshot)) {
+        self.report(change, false);
+    }
+
+    /// Something changed that must not be lost.
+    pub(super) fn durable(&self, change: impl FnOnce(&mut Snapshot)) {
+        self.report(change, true);
+    }
+
+    fn report(&self, change: impl FnOnce(&mut Snapshot), durable: bool) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut known.1);
+        known.0 += 1;
+        let report = Report { lease: self.lease, seq: known.0, snapshot: known.1.clone() };
+        // Under the lock, so that an older report never replaces a newer one.
+        self.spool.put(report, durable);
+    }
+
+    /// What became of the destinations so far.
+    pub(super) fn outcomes(&self) -> BTreeMap<String, kiln_protocol::message::Outcome> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).1.outcomes.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_protocol::id::{Attempt, LeaseToken};
+    use kiln_protocol::message::AttemptEnd;
+
+    use super::*;
+
+    fn key() -> LeaseKey {
+        LeaseKey { build: BuildId::generate(), attempt: Attempt::FIRST, token: LeaseToken::generate() }
+    }
+
+    #[test]
+    fn a_durable_report_stays_until_it_is_confirmed() {
+        let temp = tempfile::tempdir().unwrap();
+        let spool = Spool::open(&temp.path().join("spool")).unwrap();
+        let key = key();
+        let reporter = spool.reporter(key);
+        reporter.progress(|_| {});
+        assert!(spool.unconfirmed().is_empty());
+        reporter.durable(|snapshot| snapshot.end = Some(AttemptEnd::Answered));
+        assert_eq!(spool.unconfirmed(), [key]);
+        assert!(spool.path(key.build).exists());
+        spool.settle(&key, &Renewed { standing: Standing::Held, last_seq: 1 });
+        assert_eq!(spool.unconfirmed(), [key], "an older one was taken");
+        let other = LeaseKey { token: LeaseToken::generate(), ..key };
+        spool.settle(&other, &Renewed { standing: Standing::Revoked, last_seq: u64::MAX });
+        assert_eq!(spool.unconfirmed(), [key], "another lease was revoked");
+        spool.settle(&key, &Renewed { standing: Standing::Held, last_seq: 2 });
+        assert!(spool.unconfirmed().is_empty() && !spool.path(key.build).exists());
+    }
+}

@@ -1,0 +1,314 @@
+//! One attempt, from its lease to the end of its tags (shell).
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kiln_protocol::message::{
+    Answer, AttemptEnd, BuildGrant, CommitAnswer, CommitRefusal, CommitRequest, Committed, Outcome, Request,
+};
+use kiln_protocol::result::{Failure, Phase, PhaseDuration};
+use kiln_protocol::verdict::Verdict;
+use kiln_protocol::{Reason, Target};
+use tokio::sync::mpsc;
+
+use super::Context;
+use super::publish::{Pusher, Tags, failure, leaving};
+use super::spool::Reporter;
+use super::supplies::Ended;
+use crate::error::chain;
+use crate::executor::{self, Event, Finished, Order, Place, Policies};
+use crate::hooks::view::ImageView;
+use crate::layers::{LayerCache, LayerKey, Reuse};
+use crate::registry::Platform;
+use crate::registry::push::Candidate;
+use crate::stop::{StopReason, StopSignal};
+
+/// Events between the executor and whoever watches.
+const EVENT_BUFFER: usize = 1024;
+/// An agent that shuts down waits this long for an answer that decides over a build.
+const LAST_ANSWER: Duration = Duration::from_secs(10);
+
+/// An attempt in progress.
+pub(super) struct Work {
+    ctx: Arc<Context>,
+    grant: BuildGrant,
+    reporter: Reporter,
+    stop: StopSignal,
+    watcher: mpsc::Sender<Event>,
+    targets: Vec<Target>,
+    phases: Vec<PhaseDuration>,
+    phase: Phase,
+    began: Instant,
+}
+
+impl Work {
+    pub(super) fn new(ctx: Arc<Context>, grant: BuildGrant, stop: StopSignal) -> Self {
+        let reporter = ctx.spool.reporter(grant.lease);
+        let watcher = ctx.supplies.watcher(grant.lease.build);
+        let targets = grant.spec.targets().cloned().collect();
+        let (phases, phase, began) = (Vec::new(), Phase::Start, Instant::now());
+        Self { ctx, grant, reporter, stop, watcher, targets, phases, phase, began }
+    }
+
+    /// Runs the attempt. When this returns, its last report is in the spool.
+    pub(super) async fn run(mut self) {
+        let mut finished = None;
+        let result = self.attempt(&mut finished).await;
+        self.close_phase();
+        let failure = result.err();
+        let end = match &failure {
+            Some(failure) => AttemptEnd::Failed(Box::new(failure.clone())),
+            None => AttemptEnd::Answered,
+        };
+        let log = finished.as_ref().map(|f: &Finished| f.result.log.clone());
+        let phases = self.phases.clone();
+        let ended = Ended { finished: finished.as_ref(), failure: failure.as_ref(), phases: &phases };
+        self.ctx.supplies.ended(self.grant.lease.build, ended).await;
+        self.reporter.durable(|snapshot| {
+            snapshot.phases.clone_from(&phases);
+            snapshot.log = log;
+            snapshot.phase = None;
+            snapshot.end = Some(end);
+        });
+    }
+
+    async fn attempt(&mut self, kept: &mut Option<Finished>) -> Result<(), Failure> {
+        let inputs = self.ctx.supplies.inputs(&self.grant).await?;
+        let state = &self.ctx.agent.state;
+        let job = state.require_free(self.ctx.agent.config.data.min_free);
+        let job = job.and_then(|()| state.create_job(&self.grant.lease.build.to_string()));
+        let job = job.map_err(|e| self.fail(Reason::DiskFull, chain(&e)))?;
+        let places = self.probe().await?;
+        let order = self.order(job, inputs, places);
+        let finished = self.execute(order).await?;
+        let finished = kept.insert(finished);
+        if let Err(failure) = &finished.result.outcome {
+            return Err(failure.clone());
+        }
+        self.publish(finished).await
+    }
+
+    /// A build of many minutes must not end at a tag that could have been refused at its start.
+    async fn probe(&mut self) -> Result<Vec<Place>, Failure> {
+        if self.targets.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.enter(Phase::Probe).await;
+        let pusher = self.pusher().await?;
+        let places = pusher.probe(&self.targets, &self.stop).await;
+        places.map_err(|failure| self.or_stopped(failure))
+    }
+
+    async fn pusher(&self) -> Result<Pusher, Failure> {
+        let (build, source) = (self.grant.lease.build, &self.grant.spec.credentials);
+        let credentials = self.ctx.supplies.push_credentials(build, source).await?;
+        Pusher::new(&self.ctx, credentials)
+    }
+
+    fn order(&self, job: crate::state::Job, inputs: executor::BuildInputs, places: Vec<Place>) -> Order {
+        let (lease, spec) = (&self.grant.lease, &self.grant.spec);
+        let policies = self.ctx.hooks.as_ref().map(|host| Policies {
+            host: Arc::clone(host),
+            attempt: lease.attempt.get(),
+            requester: spec.requester.clone(),
+            places,
+        });
+        let key = LayerKey {
+            namespace: spec.namespace.to_string(),
+            repository: self.targets.first().map(Target::name).unwrap_or_default(),
+            target: spec.request.target.clone().unwrap_or_default(),
+            trust: "local".to_owned(),
+        };
+        let reuse = if spec.request.no_cache { Reuse::Nothing } else { Reuse::Cached };
+        let layers = Some(LayerCache { key, reuse });
+        Order { build: lease.build, job, request: spec.request.clone(), inputs, layers, policies }
+    }
+
+    async fn execute(&mut self, order: Order) -> Result<Finished, Failure> {
+        self.close_phase();
+        let (events, mut received) = mpsc::channel(EVENT_BUFFER);
+        let running = executor::run(Arc::clone(&self.ctx.agent), order, events, self.stop.clone());
+        let forwarding = async {
+            while let Some(event) = received.recv().await {
+                if let Event::Phase(phase) = &event {
+                    self.reporter.progress(|snapshot| snapshot.phase = Some(*phase));
+                }
+                // Whoever watched may be gone; the build goes on.
+                let _ = self.watcher.send(event).await;
+            }
+        };
+        let (finished, ()) = tokio::join!(running, forwarding);
+        let finished = finished.map_err(|e| self.fail(Reason::StoreCorrupt, chain(&e)))?;
+        self.phases.extend(&finished.result.phases);
+        self.began = Instant::now();
+        self.phase = Phase::Clean;
+        Ok(finished)
+    }
+
+    async fn publish(&mut self, finished: &Finished) -> Result<(), Failure> {
+        let Some(sealed) = &finished.image else {
+            return Err(self.fail(Reason::Unknown, "the build succeeded without an image".to_owned()));
+        };
+        let candidate = Candidate::of(sealed);
+        let corrupt = "the manifest of the image is no text".to_owned();
+        let candidate = candidate.ok_or_else(|| self.fail(Reason::CandidateCorrupt, corrupt))?;
+        let pusher = self.pusher().await?;
+        self.upload(&pusher, &candidate, finished).await?;
+        let mut verdicts = finished.verdicts.clone();
+        verdicts.extend(self.ask_about_image(finished).await?);
+        let committed = Committed {
+            digest: candidate.digest.clone(),
+            media_type: candidate.media_type.clone(),
+            manifest: candidate.manifest.clone(),
+        };
+        self.commit(&pusher, &candidate, finished, &committed, &verdicts).await?;
+        self.enter(Phase::Publish).await;
+        let open: Vec<Target> = self.open_targets();
+        let tags = Tags { lease: self.grant.lease, committed: &committed, open: &open };
+        pusher.move_tags(&self.ctx, tags, &self.reporter, &self.stop).await;
+        self.deliver(finished).await;
+        Ok(())
+    }
+
+    async fn upload(
+        &mut self,
+        pusher: &Pusher,
+        candidate: &Candidate,
+        finished: &Finished,
+    ) -> Result<(), Failure> {
+        if !self.targets.is_empty() {
+            self.enter(Phase::Upload).await;
+            let uploaded = pusher.upload(&self.targets, candidate, finished.blobs.root(), &self.stop).await;
+            uploaded.map_err(|failure| self.or_stopped(failure))?;
+        }
+        self.reporter.durable(|snapshot| snapshot.candidate = Some(candidate.digest.clone()));
+        Ok(())
+    }
+
+    async fn ask_about_image(&mut self, finished: &Finished) -> Result<Vec<Verdict>, Failure> {
+        let (Some(host), Some(sealed)) = (self.ctx.hooks.clone(), &finished.image) else {
+            return Ok(Vec::new());
+        };
+        self.enter(Phase::PostPush).await;
+        let platform = Platform::host().to_string();
+        let mut verdicts = Vec::new();
+        for view in &finished.views {
+            let image = ImageView::of_sealed(Arc::clone(view), platform.clone(), sealed, &finished.blobs);
+            let image = image.map_err(|e| self.fail(Reason::CandidateCorrupt, chain(&e)))?;
+            let spoke = host.post_push(Arc::new(image), &self.stop).await;
+            for line in spoke.iter().flat_map(executor::verdict_lines) {
+                let _ = self.watcher.send(Event::Note(line)).await;
+            }
+            verdicts.extend(spoke);
+        }
+        let judged = executor::judged(&verdicts);
+        judged.map_err(|failure| self.or_stopped(Failure { phase: Phase::PostPush, ..failure }))?;
+        Ok(verdicts)
+    }
+
+    async fn commit(
+        &mut self,
+        pusher: &Pusher,
+        candidate: &Candidate,
+        finished: &Finished,
+        committed: &Committed,
+        verdicts: &[Verdict],
+    ) -> Result<(), Failure> {
+        self.enter(Phase::Commit).await;
+        let incomplete = pusher.is_incomplete(&self.targets, candidate, &self.stop).await;
+        if incomplete.map_err(|failure| self.or_stopped(failure))? {
+            self.upload(pusher, candidate, finished).await?;
+        }
+        let briefs: Vec<_> = verdicts.iter().map(Verdict::brief).collect();
+        self.reporter.durable(|snapshot| snapshot.verdicts.clone_from(&briefs));
+        let (lease, committed) = (self.grant.lease, committed.clone());
+        let request = Request::Commit(CommitRequest { lease, committed, verdicts: briefs });
+        // Only the record says whether a cancel or the commit was first, so the answer is waited for.
+        let answer = tokio::select! {
+            biased;
+            answer = self.ctx.authority.insist(&request) => answer,
+            () = gone(self.stop.clone()) => {
+                return Err(self.or_stopped(self.fail(Reason::AgentDrain, "stopped".to_owned())));
+            }
+        };
+        match answer {
+            Answer::Commit(CommitAnswer::Granted { overtaken }) => {
+                self.reporter.durable(|snapshot| {
+                    let outcomes = overtaken.iter().map(|t| (t.to_string(), Outcome::Overtaken));
+                    snapshot.outcomes.extend(outcomes);
+                });
+                Ok(())
+            }
+            Answer::Commit(CommitAnswer::Refused { reason }) => Err(self.not_granted(&reason)),
+            _ => Err(self.fail(Reason::Unknown, "the answer to a commit is none".to_owned())),
+        }
+    }
+
+    fn not_granted(&self, refusal: &CommitRefusal) -> Failure {
+        match refusal {
+            CommitRefusal::Revoked => self.fail(Reason::AgentLost, "somebody else has it".to_owned()),
+            CommitRefusal::Cancelled => {
+                self.fail(Reason::Cancelled, "somebody asked for it to stop".to_owned())
+            }
+            CommitRefusal::Superseded => {
+                self.fail(Reason::Superseded, "every target belongs to a newer build".to_owned())
+            }
+            CommitRefusal::OtherDigest => {
+                self.fail(Reason::CandidateCorrupt, "another image of it was committed".to_owned())
+            }
+            CommitRefusal::MissingVerdict { policy } => self
+                .fail(Reason::HookFault, format!("the required policy {policy} did not let this image pass")),
+        }
+    }
+
+    fn open_targets(&self) -> Vec<Target> {
+        let answered = self.reporter.outcomes();
+        self.targets.iter().filter(|target| !answered.contains_key(&target.to_string())).cloned().collect()
+    }
+
+    async fn deliver(&mut self, finished: &Finished) {
+        let files = self.grant.spec.destinations.len() > self.targets.len();
+        if files {
+            self.enter(Phase::Output).await;
+            let outcomes = self.ctx.supplies.deliver(&self.grant, finished).await;
+            self.reporter.durable(|snapshot| snapshot.outcomes.extend(outcomes));
+        }
+    }
+
+    async fn enter(&mut self, phase: Phase) {
+        self.close_phase();
+        self.phase = phase;
+        self.reporter.progress(|snapshot| snapshot.phase = Some(phase));
+        let _ = self.watcher.send(Event::Phase(phase)).await;
+    }
+
+    fn close_phase(&mut self) {
+        let milliseconds = crate::time::millis(self.began.elapsed());
+        self.phases.push(PhaseDuration { phase: self.phase, milliseconds });
+        self.began = Instant::now();
+    }
+
+    fn fail(&self, reason: Reason, message: String) -> Failure {
+        failure(reason, self.phase, message)
+    }
+
+    /// A stop decides the reason, whatever the interrupted step said.
+    fn or_stopped(&self, failure: Failure) -> Failure {
+        let Some(stop) = self.stop.current() else { return failure };
+        let message = match stop.reason {
+            StopReason::ClientGone => "the client that waited for it is gone",
+            StopReason::Drain => "the agent shuts down",
+            StopReason::Revoked => "somebody else has it",
+            StopReason::Timeout | StopReason::Cancelled => "somebody asked for it to stop",
+        };
+        Failure { reason: stop.reason.reason(), message: message.to_owned(), hint: None, ..failure }
+    }
+}
+
+/// Nobody needs the answer any more, or it does not come before this agent has to be gone.
+async fn gone(stop: StopSignal) {
+    leaving(stop.clone()).await;
+    if stop.current().is_some_and(|stop| stop.reason == StopReason::Drain) {
+        tokio::time::sleep(LAST_ANSWER).await;
+    }
+}
