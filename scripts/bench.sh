@@ -1,5 +1,6 @@
 #!/bin/sh
-# What Kiln adds to the same calls of buildah by hand, and what its layer cache saves, with the release binary.
+# What Kiln adds to the same calls of buildah by hand, what its layer cache saves and what a hook costs, with the
+# release binary.
 # Figures: docs/performance.md.
 set -eu
 cd "$(dirname "$0")/.."
