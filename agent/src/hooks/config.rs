@@ -8,7 +8,7 @@ use kiln_protocol::message::Hook;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::glob::Glob;
+use kiln_protocol::glob::Glob;
 
 /// Longest settings as JSON; they are copied into every instance.
 const MAX_SETTINGS_BYTES: usize = 1 << 20;

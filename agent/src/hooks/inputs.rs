@@ -9,7 +9,7 @@ use super::bindings::types::{Descriptor, Entry, Fault, FileEntry, Page};
 use super::bindings::{
     BaseImageHandle, BlobHandle, BuildHandle, ImageHandle, InstructionHandle, input, types,
 };
-use super::glob::Glob;
+use kiln_protocol::glob::Glob;
 use super::state::{CallState, Ended};
 use super::view::{BuildArg, BuildView, ImageView, InstructionView};
 

@@ -12,7 +12,6 @@ mod call;
 pub mod config;
 mod engine;
 mod error;
-mod glob;
 mod inputs;
 mod outputs;
 mod plugin;
@@ -32,7 +31,7 @@ use tokio::task::JoinSet;
 pub use bindings::API_VERSION;
 pub use cache::CacheError;
 pub use error::{LoadCause, LoadError};
-pub use glob::{Glob, InvalidGlob};
+pub use kiln_protocol::glob::{Glob, InvalidGlob};
 
 use cache::Cache;
 use call::Subject;
@@ -99,20 +98,13 @@ impl HookHost {
         tasks.join_next().await.and_then(Result::ok).ok_or_else(stopping)?
     }
 
-    /// The policies that have to speak about a build for these repositories (host and path); none are given for a
-    /// build that goes nowhere.
-    pub fn required(&self, repositories: &[String]) -> Vec<RequiredPolicy> {
-        let require = |plugin: &Arc<Plugin>| {
-            let judged: Vec<String> = repositories.iter().filter(|r| plugin.judges(r)).cloned().collect();
-            let required = if repositories.is_empty() { plugin.judges("") } else { !judged.is_empty() };
-            required.then(|| RequiredPolicy {
-                name: plugin.terms.name.clone(),
-                key: plugin.key.clone(),
-                hooks: plugin.hooks(),
-                repositories: judged,
-            })
-        };
-        self.plugins.iter().filter_map(require).collect()
+    /// Every loaded policy with the repositories that it judges; none means all.
+    pub fn policies(&self) -> impl Iterator<Item = (RequiredPolicy, Option<&Glob>)> {
+        self.plugins.iter().map(|plugin| {
+            let (name, key) = (plugin.terms.name.clone(), plugin.key.clone());
+            let required = RequiredPolicy { name, key, hooks: plugin.hooks(), repositories: Vec::new() };
+            (required, plugin.repository.as_ref())
+        })
     }
 
     /// Every loaded policy.

@@ -14,7 +14,7 @@ use super::cache::Cache;
 use super::config::{Mode, OnFailure, PluginConfig, PluginsConfig};
 use super::engine::Machine;
 use super::error::LoadCause;
-use super::glob::Glob;
+use kiln_protocol::glob::Glob;
 use super::state::{CallState, Terms};
 use crate::blobs::digest_of;
 

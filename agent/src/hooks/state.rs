@@ -9,7 +9,7 @@ use wasmtime::component::ResourceTable;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 
 use super::config::Limits;
-use super::glob::Glob;
+use kiln_protocol::glob::Glob;
 use crate::stop::StopSignal;
 
 /// Resources that a guest may hold: each instruction of the longest Dockerfile three times.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kiln_protocol::{BuildId, Digest};
 
-use super::glob::Glob;
+use kiln_protocol::glob::Glob;
 use crate::blobs::{BlobError, BlobStore};
 use crate::dockerfile::Dockerfile;
 use crate::seal::Sealed;
