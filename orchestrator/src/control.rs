@@ -4,10 +4,10 @@ use kiln_protocol::id::Pool;
 use kiln_protocol::{BuildId, Reason, State, Target};
 
 use crate::build::Head;
-use crate::core::{CoreError, Orchestrator};
-use crate::decide::{self, CancelRefused, ReplayRefused};
+use crate::core::{CoreError, Orchestrator, WINDOW};
+use crate::decide::{self, CancelRefused, EndedAttempt, ReplayRefused};
 use crate::schedule::{self, Wait};
-use crate::store::{Recorded, StoreError, StoredEvent, Tx};
+use crate::store::{Recorded, StoreError, StoredEvent, Tx, Which};
 
 /// Rows that one question answers at most.
 pub const PAGE: i64 = 200;
@@ -72,6 +72,11 @@ impl Orchestrator {
         Ok(self.store.read().await?.in_state(state, after, PAGE).await?)
     }
 
+    /// Every lease of a build that ended.
+    pub async fn attempts(&self, id: BuildId) -> Result<Vec<EndedAttempt>, ControlError> {
+        Ok(self.store.read().await?.attempts(id).await?)
+    }
+
     /// Changes of a build after the one with this id.
     pub async fn events(&self, id: BuildId, after: i64) -> Result<Vec<StoredEvent>, ControlError> {
         Ok(self.store.read().await?.events(id, after, PAGE).await?)
@@ -80,7 +85,7 @@ impl Orchestrator {
     /// Every waiting build that may be among the next, the next one first, and why it waits.
     pub async fn queue(&self) -> Result<Vec<Queued>, ControlError> {
         let mut tx = self.store.read().await?;
-        let situation = self.situation(&mut tx).await?;
+        let situation = self.situation(&mut tx, None, Which::All, WINDOW).await?;
         let (waiting, now) = (&situation.waiting, situation.now);
         let order =
             schedule::order(waiting, &situation.running, &situation.agents, self.settings.limits, now);
@@ -137,8 +142,9 @@ impl Orchestrator {
             let now = tx.now();
             let after = decide::client_gone(&found.build, now).unwrap_or_else(|| found.build.clone());
             let pool = if after.commit.is_some() { heir.clone() } else { after.pool.clone() };
-            self.save(&mut tx, &found, crate::build::Build { pool, ..after }).await?;
-            ended += 1;
+            let after = crate::build::Build { pool, ..after };
+            ended += usize::from(after != found.build);
+            self.save(&mut tx, &found, after).await?;
         }
         tx.commit().await?;
         self.wake.notify_waiters();

@@ -1,18 +1,20 @@
 //! The orchestrator: the record, its settings, and how a change is saved (shell).
 
+use std::collections::BTreeSet;
+
 use kiln_protocol::envelope::EnvelopeError;
 use kiln_protocol::id::{LeaseToken, Pool};
-use kiln_protocol::message::Cancel;
+use kiln_protocol::message::{Cancel, StatusEvent};
 use kiln_protocol::state::IllegalTransition;
-use kiln_protocol::{BuildId, BuildSpec, topology};
+use kiln_protocol::{BuildId, topology};
 use tokio::sync::Notify;
 
 use crate::build::{Build, Micros};
 use crate::decide::{self, Tries};
-use crate::entropy::Entropy;
+use crate::entropy::{self, Entropy};
 use crate::policy::{self, PolicyRule};
 use crate::schedule::{Agent, Limits, Waiting};
-use crate::store::{Outgoing, Recorded, Saved, Store, StoreError, Tx};
+use crate::store::{Line, Outgoing, Recorded, Saved, Store, StoreError, Tx, Which};
 
 /// What the operator decides.
 #[derive(Debug, Clone)]
@@ -63,10 +65,6 @@ impl Orchestrator {
         &self.store
     }
 
-    pub(crate) fn tries(&self, spec: &BuildSpec) -> Tries {
-        Tries { max_attempts: spec.max_attempts, jitter: self.entropy.jitter() }
-    }
-
     pub(crate) fn fresh_token(&self) -> LeaseToken {
         self.entropy.lease_token()
     }
@@ -88,8 +86,11 @@ impl Orchestrator {
         }
         let loaded = before.build.version;
         let after = Build { version: loaded + 1, ..after };
-        if tx.save(loaded, &after).await? != Saved::Updated {
+        if tx.save(loaded, &after, &before.spec).await? != Saved::Updated {
             return Err(CoreError::Conflict(after.id));
+        }
+        if let Some(ended) = decide::ended(&before.build, &after, tx.now()) {
+            tx.add_attempt(after.id, &ended).await?;
         }
         self.tell(tx, before, &after).await?;
         if let Some(cancel) = wish_to_send(&before.build, &after)? {
@@ -102,38 +103,54 @@ impl Orchestrator {
     /// Appends to the public stream what changed for everybody.
     async fn tell(&self, tx: &mut Tx, before: &Recorded, after: &Build) -> Result<(), CoreError> {
         let (old, new) = (before.build.public(&before.spec, 0), after.public(&before.spec, tx.now()));
-        let same = kiln_protocol::message::StatusEvent { version: new.version, at: new.at, ..old };
+        let same = StatusEvent { version: new.version, at: new.at, ..old };
         if same == new {
             return Ok(());
         }
-        tx.append_event(&new).await?;
-        let key = topology::status(&before.spec.namespace);
-        tx.send(&Outgoing::new(topology::EVENTS, key, &new)?).await?;
+        self.publish_event(tx, &new).await
+    }
+
+    /// Appends to the public stream, and sends the same to everybody who watches.
+    pub(crate) async fn publish_event(&self, tx: &mut Tx, event: &StatusEvent) -> Result<(), CoreError> {
+        tx.append_event(event).await?;
+        let key = topology::status(&event.namespace);
+        tx.send(&Outgoing::new(topology::EVENTS, key, event)?).await?;
         self.wake.notify_waiters();
         Ok(())
     }
 
-    /// A holder that was lost after the commit may wake up and move a tag back.
+    /// A holder that is gone without an answer about a target, lost or not, may have sent a PUT that arrives later.
     async fn watch_tags(&self, tx: &mut Tx, before: &Recorded, after: &Build) -> Result<(), CoreError> {
-        let lost = before.build.commit.is_some() && before.build.lease.is_some() && after.lease.is_none();
-        if !lost || after.finished == before.build.lease_key() {
+        if before.build.lease.is_none() || after.lease.is_some() {
             return Ok(());
         }
-        for target in before.build.open_targets(&before.spec) {
+        for target in after.open_targets(&before.spec) {
             let first = tx.now().saturating_add(decide::recheck_delay(0));
             tx.recheck_at(&target, Some(first), 0).await?;
         }
         Ok(())
     }
 
-    /// What the scheduler chooses from.
-    pub(crate) async fn situation(&self, tx: &mut Tx) -> Result<Situation, CoreError> {
-        let rows = tx.waiting().await?.into_iter().filter(|(waiting, _)| self.serves(&waiting.pool));
-        let waiting = rows.map(|(waiting, repositories)| {
-            let required = policy::required(&self.settings.policies, &repositories);
-            Waiting { policies: policy::keys(&required), ..waiting }
-        });
-        let waiting = waiting.collect();
+    /// What the scheduler chooses from: the first builds of every line in these pools.
+    pub(crate) async fn situation(
+        &self,
+        tx: &mut Tx,
+        pools: Option<&BTreeSet<Pool>>,
+        which: Which,
+        window: usize,
+    ) -> Result<Situation, CoreError> {
+        let wanted = |line: &Line| self.serves(&line.pool) && pools.is_none_or(|p| p.contains(&line.pool));
+        let lines: Vec<Line> = tx.lines().await?.into_iter().filter(wanted).collect();
+        let window = window.min(LARGEST_SITUATION / lines.len().max(1)).max(1);
+        let (mut waiting, mut more) = (Vec::new(), false);
+        for line in &lines {
+            let rows = tx.waiting(line, which, i64::try_from(window).unwrap_or(i64::MAX)).await?;
+            more |= rows.len() == window;
+            waiting.extend(rows.into_iter().map(|(build, repositories)| {
+                let required = policy::required(&self.settings.policies, &repositories);
+                Waiting { policies: policy::keys(&required), ..build }
+            }));
+        }
         let alive_since = tx.now().saturating_sub(decide::TTL);
         let agents = tx.agents_since(alive_since).await?.into_iter().map(|row| Agent {
             id: row.id,
@@ -141,16 +158,30 @@ impl Orchestrator {
             policies: row.policies,
             free: row.free,
         });
-        Ok(Situation { waiting, running: tx.running().await?, agents: agents.collect(), now: tx.now() })
+        let (agents, running) = (agents.collect(), tx.running().await?);
+        Ok(Situation { waiting, more, running, agents, now: tx.now() })
     }
 }
+
+/// Waiting builds that one choice looks at, over all lines.
+const LARGEST_SITUATION: usize = 16_384;
+/// Waiting builds of one line that a choice looks at first.
+pub(crate) const WINDOW: usize = 64;
 
 /// What the scheduler chooses from.
 pub(crate) struct Situation {
     pub(crate) waiting: Vec<Waiting>,
+    /// There are builds behind these.
+    pub(crate) more: bool,
     pub(crate) running: Vec<crate::schedule::Running>,
     pub(crate) agents: Vec<Agent>,
     pub(crate) now: Micros,
+}
+
+/// What a retry of this build needs to know.
+pub(crate) fn tries(found: &Recorded) -> Tries {
+    let jitter = entropy::jitter(found.build.id, found.build.attempt);
+    Tries { max_attempts: found.spec.max_attempts, jitter }
 }
 
 /// The message to the agent, when somebody has just asked for the end.

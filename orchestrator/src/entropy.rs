@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kiln_protocol::BuildId;
-use kiln_protocol::id::LeaseToken;
+use kiln_protocol::id::{Attempt, LeaseToken};
 use uuid::Uuid;
 
 /// Where randomness comes from.
@@ -35,14 +35,6 @@ impl Entropy {
         LeaseToken::from_uuid(self.uuid())
     }
 
-    /// A factor from 0.5 to 1.5.
-    pub fn jitter(&self) -> f64 {
-        match self {
-            Self::System => 0.5 + fastrand::f64(),
-            Self::Seeded(rng) => 0.5 + rng.lock().unwrap_or_else(PoisonError::into_inner).f64(),
-        }
-    }
-
     fn uuid(&self) -> Uuid {
         match self {
             Self::System => Uuid::new_v4(),
@@ -52,4 +44,11 @@ impl Entropy {
             }
         }
     }
+}
+
+/// A factor from 0.5 to 1.5 that differs between builds and attempts. It is not drawn but derived, so that the
+/// record after a report does not depend on what else arrived before it.
+pub fn jitter(build: BuildId, attempt: Attempt) -> f64 {
+    let (high, low) = build.as_uuid().as_u64_pair();
+    0.5 + fastrand::Rng::with_seed(high ^ low.rotate_left(attempt.get())).f64()
 }

@@ -9,7 +9,7 @@ use kiln_protocol::message::{Answer, ClaimRequest, Report, Request, TagSeen};
 use kiln_protocol::topology;
 use kiln_transport::{Bus, BusError, Delivery, Message};
 
-use crate::core::{CoreError, Orchestrator};
+use crate::core::{CoreError, Orchestrator, tries};
 use crate::decide::{self, Taken};
 
 /// Deliveries that one consumer holds: each is settled within one transaction.
@@ -24,7 +24,7 @@ impl Orchestrator {
         if !theirs {
             return Ok(Taken::Stale);
         }
-        let (tries, now) = (self.tries(&found.spec), tx.now());
+        let (tries, now) = (tries(&found), tx.now());
         let taken = decide::report(&found.build, &found.spec, report, tries, now);
         if let Taken::Applied(after) = &taken {
             self.save(&mut tx, &found, (**after).clone()).await?;

@@ -10,14 +10,16 @@ use kiln_protocol::message::{
 use kiln_protocol::message::{CommitRefusal, LeaseKey};
 use kiln_protocol::{Reason, Target};
 
-use crate::build::Build;
-use crate::core::{CoreError, Orchestrator};
+use crate::build::{Build, Lease};
+use crate::core::{CoreError, Orchestrator, Situation, WINDOW, tries};
 use crate::decide::{self, Claimant, SECOND};
-use crate::store::{AgentRow, Recorded, Tx};
+use crate::store::{AgentRow, Recorded, Tx, Which};
 use crate::{policy, schedule};
 
-/// Committed builds and tags that one claim looks at.
-const PUBLISH_WINDOW: i64 = 64;
+/// Waiting builds of each line that a claim looks at: more when the first ones are not for this agent now.
+const WINDOWS: [usize; 3] = [WINDOW, 8 * WINDOW, 64 * WINDOW];
+/// Builds that one claim ends because nothing remains for them to publish.
+const LOOKS: usize = 100;
 /// Milliseconds of the right to work without a renewal.
 const TTL_MS: u64 = (decide::TTL / (SECOND / 1000)) as u64;
 
@@ -25,10 +27,11 @@ impl Orchestrator {
     /// Gives the best fitting work to an agent with room for it. The same claim id gets the same answer.
     pub async fn claim(&self, request: &ClaimRequest) -> Result<ClaimAnswer, CoreError> {
         let mut tx = self.store.write().await?;
-        self.greet(&mut tx, request).await?;
-        let answer = match tx.of_claim(request.claim).await? {
-            Some(found) => again(&found),
-            None => match request.lane {
+        let earlier = earlier_answer(&mut tx, request).await?;
+        let answer = match (self.greet(&mut tx, request, earlier.is_none()).await?, earlier) {
+            (false, _) => ClaimAnswer::Nothing,
+            (true, Some(answer)) => answer,
+            (true, None) => match request.lane {
                 Lane::Build => self.claim_build(&mut tx, request).await?,
                 Lane::Publish => self.claim_publish(&mut tx, request).await?,
             },
@@ -37,34 +40,40 @@ impl Orchestrator {
         Ok(answer)
     }
 
-    async fn greet(&self, tx: &mut Tx, request: &ClaimRequest) -> Result<(), CoreError> {
-        let free = u32::from(request.lane == Lane::Build);
+    /// Notes who asks. Whoever asks for a build has a free slot at least.
+    async fn greet(&self, tx: &mut Tx, request: &ClaimRequest, first: bool) -> Result<bool, CoreError> {
+        let known = tx.agent(&request.agent).await?.filter(|known| known.boot == request.boot);
+        let free = known.map_or(0, |known| known.free);
         let row = AgentRow {
             id: request.agent.clone(),
             boot: request.boot,
             pools: request.pools.clone(),
             policies: request.policies.clone(),
             slots: request.slots,
-            free,
+            free: free.max(u32::from(first && request.lane == Lane::Build)),
             seen_at: tx.now(),
         };
-        self.see(tx, row, request.lane == Lane::Build).await
+        self.see(tx, row).await
     }
 
-    /// Notes an agent. A new run of it means that the leases of its earlier run are lost.
-    async fn see(&self, tx: &mut Tx, row: AgentRow, speaks_of_slots: bool) -> Result<(), CoreError> {
-        let known = tx.agent(&row.id).await?;
-        if known.as_ref().is_some_and(|known| known.boot != row.boot) {
+    /// Notes an agent. A new run of it means that the leases of its earlier run are lost. Says whether this is
+    /// the present run.
+    async fn see(&self, tx: &mut Tx, row: AgentRow) -> Result<bool, CoreError> {
+        if tx.is_retired(row.boot).await? {
+            return Ok(false);
+        }
+        if let Some(known) = tx.agent(&row.id).await?.filter(|known| known.boot != row.boot) {
+            tx.retire_boot(&row.id, known.boot).await?;
             self.release_older(tx, &row.id, row.boot).await?;
         }
-        let free = known.filter(|_| !speaks_of_slots).map_or(row.free, |known| known.free);
-        Ok(tx.see_agent(&AgentRow { free, ..row }).await?)
+        tx.see_agent(&row).await?;
+        Ok(true)
     }
 
     async fn release_older(&self, tx: &mut Tx, agent: &AgentId, boot: BootId) -> Result<(), CoreError> {
         for found in tx.leased_by(agent).await? {
             let older = found.build.lease.as_ref().is_some_and(|lease| lease.boot != boot);
-            let (tries, now) = (self.tries(&found.spec), tx.now());
+            let (tries, now) = (tries(&found), tx.now());
             if let Some(after) = older.then(|| decide::release(&found.build, tries, now)).flatten() {
                 self.save(tx, &found, after).await?;
             }
@@ -73,22 +82,41 @@ impl Orchestrator {
     }
 
     async fn claim_build(&self, tx: &mut Tx, request: &ClaimRequest) -> Result<ClaimAnswer, CoreError> {
-        let mut situation = self.situation(tx).await?;
-        loop {
+        for window in WINDOWS {
+            let mut situation = self.situation(tx, Some(&request.pools), Which::Due, window).await?;
+            if let Some(answer) = self.claim_among(tx, request, &mut situation).await? {
+                return Ok(answer);
+            }
+            if !situation.more {
+                break;
+            }
+        }
+        Ok(ClaimAnswer::Nothing)
+    }
+
+    async fn claim_among(
+        &self,
+        tx: &mut Tx,
+        request: &ClaimRequest,
+        situation: &mut Situation,
+    ) -> Result<Option<ClaimAnswer>, CoreError> {
+        for _ in 0..LOOKS {
             let (waiting, now) = (&situation.waiting, situation.now);
             let (running, agents) = (&situation.running, &situation.agents);
             let limits = self.settings.limits;
             let Some(id) = schedule::pick(waiting, running, agents, limits, &request.agent, now) else {
-                return Ok(ClaimAnswer::Nothing);
+                return Ok(None);
             };
             if let Some(found) = tx.load(id).await?
                 && let Some(answer) = self.give(tx, &found, request).await?
             {
-                return Ok(answer);
+                return Ok(Some(answer));
             }
             // It is not to be had after all: the next one.
             situation.waiting.retain(|waiting| waiting.id != id);
         }
+        // Others want to write too. Whoever asks again goes on from here.
+        Ok(Some(ClaimAnswer::Nothing))
     }
 
     async fn give(
@@ -106,6 +134,7 @@ impl Orchestrator {
         match decide::claim(&found.build, claimant, Lane::Build, policies, tx.now()) {
             Ok(after) => {
                 let build = self.save(tx, found, after).await?;
+                tx.took_slot(&request.agent).await?;
                 Ok(Some(again(&Recorded { build, spec: found.spec.clone() })))
             }
             Err(_) => Ok(None),
@@ -136,10 +165,8 @@ impl Orchestrator {
     }
 
     async fn claim_publish(&self, tx: &mut Tx, request: &ClaimRequest) -> Result<ClaimAnswer, CoreError> {
-        for found in tx.to_publish(PUBLISH_WINDOW).await? {
-            if !request.pools.contains(&found.build.pool) {
-                continue;
-            }
+        for pool in &request.pools {
+            let Some(found) = tx.to_publish(pool).await? else { continue };
             let claimant = self.claimant(request);
             let given = decide::claim(&found.build, claimant, Lane::Publish, Vec::new(), tx.now());
             if let Ok(after) = given {
@@ -151,13 +178,11 @@ impl Orchestrator {
     }
 
     async fn give_tag_check(&self, tx: &mut Tx, request: &ClaimRequest) -> Result<ClaimAnswer, CoreError> {
-        for due in tx.due_rechecks(PUBLISH_WINDOW).await? {
-            let found = tx.load(due.build).await?;
+        for pool in &request.pools {
+            let Some(due) = tx.due_recheck(pool).await? else { continue };
             let next = decide::next_recheck(due.rechecks, tx.now());
-            let Some(found) = found.filter(|found| request.pools.contains(&found.build.pool)) else {
-                continue;
-            };
             tx.recheck_at(&due.target, next, due.rechecks.saturating_add(1)).await?;
+            let Some(found) = tx.load(due.build).await? else { continue };
             let Some(commit) = found.build.commit else { continue };
             let (committed, credentials) = (commit.image, found.spec.credentials);
             let check = TagCheck { target: due.target, build: due.build, committed, credentials };
@@ -178,10 +203,10 @@ impl Orchestrator {
             free: request.free,
             seen_at: tx.now(),
         };
-        self.see(&mut tx, row, true).await?;
+        let present = self.see(&mut tx, row).await?;
         let mut leases = Vec::with_capacity(request.leases.len());
         for key in &request.leases {
-            leases.push(self.renew_one(&mut tx, key).await?);
+            leases.push(if present { self.renew_one(&mut tx, key).await? } else { REVOKED });
         }
         tx.commit().await?;
         Ok(RenewAnswer { leases })
@@ -189,7 +214,7 @@ impl Orchestrator {
 
     async fn renew_one(&self, tx: &mut Tx, key: &LeaseKey) -> Result<Renewed, CoreError> {
         let Some(found) = tx.load(key.build).await? else {
-            return Ok(Renewed { standing: Standing::Revoked, last_seq: u64::MAX });
+            return Ok(REVOKED);
         };
         let (after, renewed) = decide::renew(&found.build, key, tx.now());
         if let Some(after) = after {
@@ -225,11 +250,11 @@ impl Orchestrator {
         before: Option<&crate::build::Head>,
     ) -> Result<(), CoreError> {
         let Some(commit) = &build.commit else { return Ok(()) };
-        tx.take_head(target, build.submit_seq, build.id, &commit.image.digest).await?;
+        let first = tx.now().saturating_add(decide::recheck_delay(0));
+        tx.take_head(target, build.submit_seq, build.id, &commit.image.digest, first).await?;
         let Some(before) = before else { return Ok(()) };
         let earlier = tx.load(before.build).await?;
         if earlier.is_some_and(|earlier| earlier.build.open_targets(&earlier.spec).contains(target)) {
-            let first = tx.now().saturating_add(decide::recheck_delay(0));
             tx.recheck_at(target, Some(first), 0).await?;
         }
         Ok(())
@@ -257,7 +282,12 @@ impl Orchestrator {
             // A tag that was deleted is somebody's wish too.
             _ => TagAnswer::Drift,
         };
-        if answer == TagAnswer::Drift {
+        if answer == TagAnswer::Repair {
+            // Whoever repairs writes too, and who wrote last time may do so again.
+            let soon = tx.now().saturating_add(decide::recheck_delay(0));
+            tx.recheck_at(&seen.target, Some(soon), 0).await?;
+            tx.commit().await?;
+        } else if answer == TagAnswer::Drift {
             let found = seen.found.as_ref().map_or("nothing", |digest| digest.as_str());
             tracing::warn!(target = %seen.target, found, "a tag shows what Kiln did not put there");
             tx.audit(seen.agent.as_str(), "tag_drift", Some(seen.build), found).await?;
@@ -265,6 +295,19 @@ impl Orchestrator {
         }
         Ok(answer)
     }
+}
+
+/// What nobody may renew, and nobody wants to hear of.
+const REVOKED: Renewed = Renewed { standing: Standing::Revoked, last_seq: u64::MAX };
+
+/// What the same wish was answered before. Its lease may have ended: then nobody waits for the answer.
+async fn earlier_answer(tx: &mut Tx, request: &ClaimRequest) -> Result<Option<ClaimAnswer>, CoreError> {
+    if let Some(found) = tx.of_claim(request.claim).await? {
+        let theirs = |lease: &Lease| lease.agent == request.agent && lease.boot == request.boot;
+        let own = found.build.lease.as_ref().is_some_and(theirs);
+        return Ok(Some(if own { again(&found) } else { ClaimAnswer::Nothing }));
+    }
+    Ok(tx.is_spent(request.claim).await?.then_some(ClaimAnswer::Nothing))
 }
 
 async fn heads(

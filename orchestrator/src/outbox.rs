@@ -10,10 +10,10 @@ use kiln_protocol::topology;
 use kiln_transport::{Bus, Message, Published};
 
 use crate::build::Micros;
-use crate::core::{CoreError, Orchestrator};
+use crate::core::{CoreError, Orchestrator, WINDOW};
 use crate::decide::SECOND;
 use crate::schedule::{self, Wait};
-use crate::store::Pending;
+use crate::store::{Pending, Which};
 
 /// Messages of one round.
 const BATCH: i64 = 100;
@@ -33,6 +33,9 @@ impl Orchestrator {
         let (until, now) = (tx.now().saturating_add(LOCK), tx.now());
         let taken = tx.take_outgoing(until, BATCH).await?;
         tx.commit().await?;
+        if taken.is_empty() {
+            return Ok(0);
+        }
         let mut sent = Vec::new();
         let mut failed = Vec::new();
         // No transaction is open across the network.
@@ -57,7 +60,7 @@ impl Orchestrator {
     /// Tops up the hints of every pool: as many as there are builds that an agent could take now.
     pub async fn hint(&self, bus: &Bus) -> Result<usize, CoreError> {
         let mut tx = self.store.read().await?;
-        let situation = self.situation(&mut tx).await?;
+        let situation = self.situation(&mut tx, None, Which::Due, WINDOW).await?;
         drop(tx);
         let limits = self.settings.limits;
         let order =

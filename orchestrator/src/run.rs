@@ -7,6 +7,7 @@ use kiln_protocol::id::Pool;
 use kiln_protocol::topology as names;
 use kiln_transport::{Bus, BusError};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::amnesty::Amnesty;
 use crate::core::Orchestrator;
@@ -72,7 +73,7 @@ async fn relay(orchestrator: Arc<Orchestrator>, bus: Bus) {
 async fn sweep(orchestrator: Arc<Orchestrator>) {
     let mut amnesty = Amnesty::default();
     loop {
-        if log_error("sweep", orchestrator.sweep(&mut amnesty).await).is_none() {
+        if log_error("sweep", orchestrator.sweep(&mut amnesty, Instant::now()).await).is_none() {
             amnesty.interrupted();
         }
         tokio::time::sleep(sweep::EVERY).await;

@@ -2,7 +2,8 @@
 //!
 //! By priority, then the namespace with the fewest running builds, then the order of submission.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 
 use kiln_protocol::BuildId;
@@ -11,7 +12,7 @@ use kiln_protocol::message::PolicyKey;
 use serde::Serialize;
 
 use crate::build::Micros;
-use crate::decide::SECOND;
+use crate::decide::{SECOND, is_due};
 
 /// A build keeps away from the node that failed it for this long; then any node is better than none.
 const AVOID_FOR: Micros = 60 * SECOND;
@@ -135,17 +136,28 @@ pub fn order(
     now: Micros,
 ) -> Vec<(BuildId, Wait)> {
     let mut round = Round::new(running, agents, limits, now);
-    let mut rest: Vec<&Waiting> = waiting.iter().collect();
-    let mut order = Vec::with_capacity(rest.len());
-    // Each choice changes the shares, so the next one is looked for anew among the first of every namespace.
-    rest.sort_by_key(|w| (std::cmp::Reverse(w.priority), w.submit_seq));
-    while let Some(position) = round.next(&rest) {
-        let build = rest.remove(position);
-        let wait = round.place(build);
-        order.push((build.id, wait));
+    let mut order = Vec::with_capacity(waiting.len());
+    let mut sorted: Vec<&Waiting> = waiting.iter().collect();
+    sorted.sort_by_key(|w| (Reverse(w.priority), w.submit_seq));
+    let mut lines: BTreeMap<&Namespace, VecDeque<&Waiting>> = BTreeMap::new();
+    for build in sorted {
+        lines.entry(&build.namespace).or_default().push_back(build);
+    }
+    // Each choice changes only the share of its own namespace, so only the first of that one moves.
+    let mut firsts: BTreeSet<Turn<'_>> =
+        lines.values().filter_map(|l| l.front()).map(|b| round.turn(b)).collect();
+    while let Some((.., namespace)) = firsts.pop_first() {
+        let Some(line) = lines.get_mut(namespace) else { continue };
+        if let Some(build) = line.pop_front() {
+            order.push((build.id, round.place(build)));
+        }
+        firsts.extend(line.front().map(|next| round.turn(next)));
     }
     order
 }
+
+/// What decides whose turn it is: the priority of the first build, the share of its namespace, its place.
+type Turn<'a> = (Reverse<u8>, u32, SubmitSeq, &'a Namespace);
 
 /// The build that this agent should get, if there is one.
 pub fn pick(
@@ -203,11 +215,8 @@ impl<'a> Round<'a> {
         self.shares.get(namespace).copied().unwrap_or(0)
     }
 
-    /// Among those of the highest priority the first of the namespace with the smallest share.
-    fn next(&self, rest: &[&Waiting]) -> Option<usize> {
-        let highest = rest.first()?.priority;
-        let same = rest.iter().take_while(|w| w.priority == highest);
-        same.enumerate().min_by_key(|(_, w)| (self.share(&w.namespace), w.submit_seq)).map(|(i, _)| i)
+    fn turn(&self, first: &'a Waiting) -> Turn<'a> {
+        (Reverse(first.priority), self.share(&first.namespace), first.submit_seq, &first.namespace)
     }
 
     fn place(&mut self, build: &'a Waiting) -> Wait {
@@ -220,7 +229,7 @@ impl<'a> Round<'a> {
     }
 
     fn judge(&mut self, build: &'a Waiting) -> Wait {
-        if build.not_before > self.now {
+        if !is_due(build.not_before, self.now) {
             // Rounded up: it is not due before.
             return Wait::NotDue { seconds: (build.not_before - self.now + SECOND - 1) / SECOND };
         }

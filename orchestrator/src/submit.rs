@@ -85,7 +85,8 @@ impl Orchestrator {
         let (id, seq) = (self.entropy.build_id(), tx.next_submit_seq().await?);
         let build = Build::submitted(id, seq, &spec, retry_of, tx.now());
         tx.insert(&build, &spec, key.as_deref(), &hash).await?;
-        tx.append_event(&build.public(&spec, tx.now())).await?;
+        let event = build.public(&spec, tx.now());
+        self.publish_event(&mut tx, &event).await?;
         tx.audit(&spec.requester, "submit", Some(id), "").await?;
         tx.commit().await?;
         self.wake.notify_waiters();

@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use kiln_protocol::State;
+use kiln_protocol::{BuildId, State};
 use tokio::time::Instant;
 
 use crate::amnesty::Amnesty;
-use crate::build::Build;
-use crate::core::{CoreError, Orchestrator};
-use crate::decide;
-use crate::store::{Recorded, Tx};
+use crate::build::{Build, Micros};
+use crate::core::{CoreError, Orchestrator, tries};
+use crate::decide::{self, Tries};
+use crate::store::{Due, Recorded, Tx};
 
 /// Pause between two looks.
 pub const EVERY: Duration = Duration::from_secs(2);
@@ -26,25 +26,46 @@ pub struct Swept {
 }
 
 impl Orchestrator {
-    /// Looks at every build that is not over.
-    pub async fn sweep(&self, amnesty: &mut Amnesty) -> Result<Swept, CoreError> {
+    /// Looks at every build about which something may have to be decided by now. `at` is the same moment by the
+    /// clock of this process.
+    pub async fn sweep(&self, amnesty: &mut Amnesty, at: Instant) -> Result<Swept, CoreError> {
+        let mut tx = self.store.read().await?;
+        let may_expire = amnesty.tick(tx.now(), at);
+        for agent in tx.holders().await? {
+            amnesty.holds(&agent, tx.now());
+        }
+        // Only after the clock was set back.
+        let far = tx.leased_beyond(decide::farthest_lease(tx.now()), BATCH).await?;
+        drop(tx);
         let mut swept = Swept::default();
-        let mut after = None;
+        self.sweep_batch(&far, may_expire, amnesty, &mut swept).await?;
+        let mut after = Due(Micros::MIN, BuildId::from_uuid(uuid::Uuid::nil()));
         loop {
-            let mut tx = self.store.write().await?;
-            let may_expire = amnesty.tick(tx.now(), Instant::now());
-            let batch = tx.unfinished(after, BATCH).await?;
-            for found in &batch {
-                self.sweep_one(&mut tx, found, may_expire, amnesty, &mut swept).await?;
-            }
-            tx.commit().await?;
-            match batch.last() {
-                Some(last) if batch.len() == usize::try_from(BATCH).unwrap_or(usize::MAX) => {
-                    after = Some(last.build.id);
-                }
-                _ => return Ok(swept),
+            let batch = self.store.read().await?.due(after, BATCH).await?;
+            let Some(last) = batch.last() else { return Ok(swept) };
+            after = *last;
+            let ids: Vec<BuildId> = batch.iter().map(|due| due.1).collect();
+            self.sweep_batch(&ids, may_expire, amnesty, &mut swept).await?;
+        }
+    }
+
+    async fn sweep_batch(
+        &self,
+        ids: &[BuildId],
+        may_expire: bool,
+        amnesty: &mut Amnesty,
+        swept: &mut Swept,
+    ) -> Result<(), CoreError> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let mut tx = self.store.write().await?;
+        for id in ids {
+            if let Some(found) = tx.load(*id).await?.filter(|found| self.serves(&found.build.pool)) {
+                self.sweep_one(&mut tx, &found, may_expire, amnesty, swept).await?;
             }
         }
+        Ok(tx.commit().await?)
     }
 
     async fn sweep_one(
@@ -55,10 +76,7 @@ impl Orchestrator {
         amnesty: &mut Amnesty,
         swept: &mut Swept,
     ) -> Result<(), CoreError> {
-        let (tries, now) = (self.tries(&found.spec), tx.now());
-        if let Some(lease) = &found.build.lease {
-            amnesty.holds(&lease.agent, now);
-        }
+        let (tries, now) = (tries(found), tx.now());
         let expired = decide::expire(&found.build, tries, now).filter(|_| may_expire);
         if let Some(after) = expired
             && let Some(lease) = &found.build.lease
@@ -68,19 +86,18 @@ impl Orchestrator {
             swept.expired += 1;
             return Ok(());
         }
-        if let Some(after) = self.otherwise(found, now) {
+        if let Some(after) = otherwise(found, tries, now) {
             self.save(tx, found, after).await?;
             swept.ended += 1;
         }
         Ok(())
     }
+}
 
-    fn otherwise(&self, found: &Recorded, now: i64) -> Option<Build> {
-        let (build, spec) = (&found.build, &found.spec);
-        match build.state {
-            State::Pending => decide::queue_timeout(build, spec, now),
-            _ => decide::overdue(build, spec, self.tries(spec), now)
-                .or_else(|| decide::give_up_publishing(build, now)),
-        }
+fn otherwise(found: &Recorded, tries: Tries, now: Micros) -> Option<Build> {
+    let (build, spec) = (&found.build, &found.spec);
+    match build.state {
+        State::Pending => decide::queue_timeout(build, spec, now),
+        _ => decide::overdue(build, spec, tries, now).or_else(|| decide::give_up_publishing(build, now)),
     }
 }

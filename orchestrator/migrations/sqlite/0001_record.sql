@@ -21,6 +21,9 @@ CREATE TABLE builds (
     version         BIGINT  NOT NULL,
     committed       BOOLEAN NOT NULL,
     not_before      BIGINT  NOT NULL,
+    due_at          BIGINT,
+    ended_at        BIGINT,
+    avoid           TEXT,
     lease_agent     TEXT,
     lease_until     BIGINT,
     claim_id        BLOB,
@@ -29,7 +32,11 @@ CREATE TABLE builds (
     UNIQUE (namespace, idempotency_key)
 );
 CREATE INDEX builds_by_state ON builds (state, pool, namespace, priority DESC, submit_seq);
+CREATE INDEX builds_by_state_and_id ON builds (state, id);
 CREATE INDEX builds_by_lease ON builds (lease_until) WHERE lease_until IS NOT NULL;
+CREATE INDEX builds_by_agent ON builds (lease_agent) WHERE lease_agent IS NOT NULL;
+CREATE INDEX builds_by_due ON builds (due_at) WHERE due_at IS NOT NULL;
+CREATE INDEX builds_by_end ON builds (ended_at) WHERE ended_at IS NOT NULL;
 CREATE INDEX builds_by_claim ON builds (claim_id) WHERE claim_id IS NOT NULL;
 
 -- The newest committed build of every target, and when its tag is looked at again.
@@ -41,6 +48,7 @@ CREATE TABLE tag_heads (
     recheck_at BIGINT,
     rechecks   BIGINT NOT NULL
 );
+CREATE INDEX tag_heads_by_build ON tag_heads (build);
 CREATE INDEX tag_heads_by_recheck ON tag_heads (recheck_at) WHERE recheck_at IS NOT NULL;
 
 -- Every digest that Kiln ever put under a target: what else is found there is somebody else's.
@@ -48,8 +56,23 @@ CREATE TABLE tag_history (
     target TEXT   NOT NULL,
     digest TEXT   NOT NULL,
     build  BLOB   NOT NULL,
+    at     BIGINT NOT NULL,
     PRIMARY KEY (target, digest, build)
 );
+CREATE INDEX tag_history_by_time ON tag_history (at);
+
+-- Every lease that ended: who worked on what, and how that ended.
+CREATE TABLE attempts (
+    id       INTEGER PRIMARY KEY AUTOINCREMENT,
+    build    BLOB    NOT NULL,
+    attempt  BIGINT  NOT NULL,
+    lane     TEXT    NOT NULL,
+    claim_id BLOB    NOT NULL,
+    ended_at BIGINT  NOT NULL,
+    document TEXT    NOT NULL
+);
+CREATE INDEX attempts_by_build ON attempts (build, id);
+CREATE INDEX attempts_by_claim ON attempts (claim_id);
 
 -- Messages of committed changes that the bus has not confirmed yet.
 CREATE TABLE outbox (
@@ -70,6 +93,7 @@ CREATE TABLE events (
     id        INTEGER PRIMARY KEY AUTOINCREMENT,
     build     BLOB    NOT NULL,
     namespace TEXT    NOT NULL,
+    at        BIGINT  NOT NULL,
     body      TEXT    NOT NULL
 );
 CREATE INDEX events_by_build ON events (build, id);
@@ -82,6 +106,13 @@ CREATE TABLE agents (
     slots    BIGINT NOT NULL,
     free     BIGINT NOT NULL,
     seen_at  BIGINT NOT NULL
+);
+
+-- Runs of agents that a newer run has replaced: what they still say comes too late.
+CREATE TABLE retired_boots (
+    boot  BLOB   PRIMARY KEY,
+    agent TEXT   NOT NULL,
+    at    BIGINT NOT NULL
 );
 
 CREATE TABLE audit (

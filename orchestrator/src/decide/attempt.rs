@@ -10,7 +10,7 @@ use crate::build::{Build, Micros};
 
 /// First delay before a retry; it doubles with every further one.
 const FIRST_DELAY: Micros = 10 * SECOND;
-/// Longest delay.
+/// Longest delay, before the jitter.
 const LONGEST_DELAY: Micros = 600 * SECOND;
 /// Lost agents that a build may cost: then it is more likely the cause than the victim.
 const MAX_LOST: u32 = 3;
@@ -46,7 +46,7 @@ pub fn end_attempt(
     if let Some(wish) = &build.cancel {
         // Whatever the attempt died of: its end is what was asked for.
         after.reason = Some(wish.reason);
-        after.failure = Some(asked_for(wish.reason, &failure));
+        after.failure = Some(Failure { phase: failure.phase, ..asked_for(wish.reason) });
         after.enter(Event::Cancelled, now)?;
         return Ok(after);
     }
@@ -70,7 +70,7 @@ pub fn end_attempt(
 
 /// No agent took the build in time.
 pub fn queue_timeout(build: &Build, spec: &BuildSpec, now: Micros) -> Option<Build> {
-    let limit = Micros::try_from(spec.queue_timeout.as_micros()).unwrap_or(Micros::MAX);
+    let limit = queue_limit(spec);
     if build.state != State::Pending || build.waited_until(now) <= limit {
         return None;
     }
@@ -80,6 +80,11 @@ pub fn queue_timeout(build: &Build, spec: &BuildSpec, now: Micros) -> Option<Bui
     after.reason = Some(Reason::QueueTimeout);
     after.enter(Event::Failed, now).ok()?;
     Some(after)
+}
+
+/// How long a build may wait, over all attempts.
+pub(super) fn queue_limit(spec: &BuildSpec) -> Micros {
+    Micros::try_from(spec.queue_timeout.as_micros()).unwrap_or(Micros::MAX)
 }
 
 /// The client that waited for the build is gone, and with it the agent in its process.
@@ -145,12 +150,13 @@ fn scale(delay: Micros, factor: f64) -> Micros {
     (delay as f64 * factor) as Micros
 }
 
-fn asked_for(reason: Reason, last: &Failure) -> Failure {
+/// Why a build ends that somebody wants to end.
+pub(super) fn asked_for(reason: Reason) -> Failure {
     let message = match reason {
         Reason::Superseded => "every target belongs to a newer build",
         _ => "somebody asked for it to stop",
     };
-    Failure { phase: last.phase, ..plain(reason, message.to_owned()) }
+    plain(reason, message.to_owned())
 }
 
 /// A failure without a place in the Dockerfile.

@@ -5,8 +5,10 @@ use kiln_protocol::message::{Lane, LeaseKey, Renewed, RequiredPolicy, Snapshot, 
 use kiln_protocol::state::{Event, IllegalTransition};
 use kiln_protocol::{BuildSpec, Reason, State};
 
-use super::attempt::{Tries, end_attempt, plain};
-use super::{CancelRefused, SECOND};
+use super::attempt::queue_limit;
+use super::attempt::{Tries, asked_for, end_attempt, plain};
+use super::dead::GIVE_UP_AFTER;
+use super::{CancelRefused, SECOND, is_due};
 use crate::build::{Build, CancelWish, Lease, Micros};
 
 /// A lease ends this long after its last renewal: six renewals may be lost.
@@ -48,7 +50,7 @@ pub fn claim(
     policies: Vec<RequiredPolicy>,
     now: Micros,
 ) -> Result<Build, ClaimRefused> {
-    if build.not_before > now || build.lease.is_some() || build.cancel.is_some() {
+    if !is_due(build.not_before, now) || build.lease.is_some() || build.cancel.is_some() {
         return Err(ClaimRefused::NotDue);
     }
     let mut after = build.clone();
@@ -79,7 +81,8 @@ pub fn renew(build: &Build, key: &LeaseKey, now: Micros) -> (Option<Build>, Rene
     }
     let mut after = build.clone();
     if let Some(lease) = &mut after.lease {
-        lease.until = lease.until.max(now.saturating_add(TTL));
+        // Also when that is earlier: the clock was set back, and the old end would outlive a dead agent.
+        lease.until = now.saturating_add(TTL);
         lease.renewed = true;
     }
     let standing = match &build.cancel {
@@ -106,7 +109,7 @@ pub fn cancel(build: &Build, reason: Reason, now: Micros) -> Result<Build, Cance
     }
     if build.state == State::Pending {
         after.reason = Some(reason);
-        after.failure = Some(plain(reason, "somebody asked for it to stop".to_owned()));
+        after.failure = Some(asked_for(reason));
         after.enter(Event::Cancelled, now).map_err(|e| CancelRefused::Over(e.state))?;
     }
     Ok(after)
@@ -114,8 +117,19 @@ pub fn cancel(build: &Build, reason: Reason, now: Micros) -> Result<Build, Cance
 
 /// The agent went silent. Nothing happens while the lease lasts.
 pub fn expire(build: &Build, tries: Tries, now: Micros) -> Option<Build> {
-    build.lease.as_ref().filter(|lease| lease.until < now)?;
+    build.lease.as_ref().filter(|lease| ran_out(lease, now))?;
     revoke(build, "the agent that built it went silent", tries, now)
+}
+
+/// A renewal never reaches farther than one lease time. What does was written before the clock was set back, and
+/// its holder has had the time of the amnesty to renew it.
+const fn ran_out(lease: &Lease, now: Micros) -> bool {
+    lease.until < now || lease.until > farthest_lease(now)
+}
+
+/// No lease that is renewed ends after this.
+pub const fn farthest_lease(now: Micros) -> Micros {
+    now.saturating_add(2 * TTL)
 }
 
 /// The agent started anew, so its earlier run is dead.
@@ -140,14 +154,33 @@ fn revoke(build: &Build, message: &str, tries: Tries, now: Micros) -> Option<Bui
 pub fn overdue(build: &Build, spec: &BuildSpec, tries: Tries, now: Micros) -> Option<Build> {
     let lease = build.lease.as_ref().filter(|_| build.commit.is_none())?;
     let unconfirmed = build.cancel.as_ref().is_some_and(|wish| wish.at.saturating_add(CANCEL_GRACE) < now);
-    let timeout = Micros::try_from(spec.request.timeout.as_micros()).unwrap_or(Micros::MAX);
-    let late = lease.since.saturating_add(timeout).saturating_add(OVERDUE_GRACE) < now;
+    let late = lease.since.saturating_add(timeout_of(spec)).saturating_add(OVERDUE_GRACE) < now;
     if !unconfirmed && !late {
         return None;
     }
     let message = "its agent did not end it at its time limit".to_owned();
     let after = end_attempt(build, plain(Reason::Timeout, message), tries, now).ok()?;
     Some(Build { finished: build.finished, ..after })
+}
+
+fn timeout_of(spec: &BuildSpec) -> Micros {
+    Micros::try_from(spec.request.timeout.as_micros()).unwrap_or(Micros::MAX)
+}
+
+/// When somebody must look at a build again that nobody changes until then: nothing becomes due before.
+pub fn due_at(build: &Build, spec: &BuildSpec) -> Option<Micros> {
+    let lease = build.lease.as_ref();
+    let expires = lease.map(|lease| lease.until);
+    let ends = if build.state == State::Pending {
+        Some(build.pending_since.saturating_add(queue_limit(spec)).saturating_sub(build.waited))
+    } else if let Some(commit) = build.commit.as_ref().filter(|_| build.state == State::Pushing) {
+        Some(commit.at.saturating_add(GIVE_UP_AFTER))
+    } else {
+        lease.map(|lease| lease.since.saturating_add(timeout_of(spec)).saturating_add(OVERDUE_GRACE))
+    };
+    let wish = build.cancel.as_ref().filter(|_| lease.is_some());
+    let unconfirmed = wish.map(|wish| wish.at.saturating_add(CANCEL_GRACE));
+    [expires, ends, unconfirmed].into_iter().flatten().min().filter(|_| !build.state.is_over())
 }
 
 #[cfg(test)]
@@ -199,9 +232,12 @@ mod tests {
     fn a_lease_that_lasts_does_not_expire_even_if_the_clock_goes_back() {
         let build = building();
         assert_eq!(expire(&build, tries(), now() + TTL), None);
-        assert_eq!(expire(&build, tries(), now() - 3600 * SECOND), None);
-        let (renewed, _) = renew(&build, &key(&build), now() - 3600 * SECOND);
-        assert_eq!(renewed.unwrap().lease.unwrap().until, now() + TTL, "a renewal never shortens");
+        let earlier = now() - 3600 * SECOND;
+        let (renewed, _) = renew(&build, &key(&build), earlier);
+        let renewed = renewed.unwrap();
+        assert_eq!(expire(&renewed, tries(), earlier + TTL), None);
+        assert!(expire(&renewed, tries(), earlier + TTL + 1).is_some(), "not an hour later");
+        assert!(expire(&build, tries(), earlier).is_some(), "nobody renewed it since the clock was set back");
         let after = expire(&build, tries(), now() + TTL + 1).unwrap();
         assert_eq!((after.state, after.attempt.get()), (State::Pending, 2));
     }

@@ -38,6 +38,10 @@ const ONE: &str = "SELECT id, boot, pools, policies, slots, free, seen_at FROM a
 const SEEN_SINCE: &str =
     "SELECT id, boot, pools, policies, slots, free, seen_at FROM agents WHERE seen_at >= $1 ORDER BY id";
 const FORGET: &str = "DELETE FROM agents WHERE id = $1";
+const TOOK_SLOT: &str = "UPDATE agents SET free = free - 1 WHERE id = $1 AND free > 0";
+const RETIRE: &str = "INSERT INTO retired_boots (boot, agent, at) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
+const IS_RETIRED: &str = "SELECT 1 FROM retired_boots WHERE boot = $1";
+pub(super) const STATEMENTS: &[&str] = &[UPSERT, ONE, SEEN_SINCE, FORGET, TOOK_SLOT, RETIRE, IS_RETIRED];
 
 impl Tx {
     /// Notes what an agent says of itself.
@@ -65,6 +69,25 @@ impl Tx {
     pub async fn agents_since(&mut self, since: Micros) -> Result<Vec<AgentRow>, StoreError> {
         let rows = sqlx::query(SEEN_SINCE).bind(since).fetch_all(&mut *self.inner).await?;
         rows.iter().map(agent).collect()
+    }
+
+    /// An agent has one free slot less, until it says otherwise.
+    pub async fn took_slot(&mut self, id: &AgentId) -> Result<(), StoreError> {
+        sqlx::query(TOOK_SLOT).bind(id.as_str()).execute(&mut *self.inner).await?;
+        Ok(())
+    }
+
+    /// A run of an agent was replaced by a newer one.
+    pub async fn retire_boot(&mut self, id: &AgentId, boot: BootId) -> Result<(), StoreError> {
+        let query = sqlx::query(RETIRE).bind(boot.as_uuid()).bind(id.as_str()).bind(self.now);
+        query.execute(&mut *self.inner).await?;
+        Ok(())
+    }
+
+    /// Whether a newer run replaced this one.
+    pub async fn is_retired(&mut self, boot: BootId) -> Result<bool, StoreError> {
+        let query = sqlx::query(IS_RETIRED).bind(boot.as_uuid());
+        Ok(query.fetch_optional(&mut *self.inner).await?.is_some())
     }
 
     /// An agent that will not come back.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use kiln_protocol::id::{ClaimId, Namespace, Pool, SubmitSeq};
+use kiln_protocol::id::{AgentId, ClaimId, Namespace, Pool, SubmitSeq};
 use kiln_protocol::{BuildId, BuildSpec, State};
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
@@ -10,10 +10,8 @@ use uuid::Uuid;
 
 use super::{StoreError, Tx, json, parse, to_json};
 use crate::build::{Build, Micros};
+use crate::decide;
 use crate::schedule::{Running, Waiting};
-
-/// Waiting builds of one namespace that the scheduler looks at: more can never be next before these.
-const WINDOW: i64 = 64;
 
 /// A build and what it was submitted as.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +20,28 @@ pub struct Recorded {
     pub build: Build,
     /// The spec; never changes.
     pub spec: BuildSpec,
+}
+
+/// A place in the order in which builds become due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Due(pub Micros, pub BuildId);
+
+/// The waiting builds of one namespace in one pool, in the order of their turns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    /// The pool.
+    pub pool: Pool,
+    /// The namespace.
+    pub namespace: Namespace,
+}
+
+/// Which waiting builds are meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    /// Those that may begin now.
+    Due,
+    /// Also those that are tried again later.
+    All,
 }
 
 /// What became of a save.
@@ -47,31 +67,44 @@ pub enum Inserted {
 }
 
 const INSERT: &str = "INSERT INTO builds (id, submit_seq, namespace, pool, priority, concurrency_group, \
-    repositories, idempotency_key, request_hash, state, version, committed, not_before, spec, document) \
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)";
+    repositories, idempotency_key, request_hash, state, version, committed, not_before, due_at, spec, document) \
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)";
 const BY_KEY: &str = "SELECT id, request_hash FROM builds WHERE namespace = $1 AND idempotency_key = $2";
 const NEXT_SEQ: &str = "UPDATE counters SET value = value + 1 WHERE name = 'submit' RETURNING value";
 const SAVE: &str = "UPDATE builds SET submit_seq = $3, pool = $4, state = $5, version = $6, committed = $7, \
-    not_before = $8, lease_agent = $9, lease_until = $10, claim_id = $11, document = $12 \
-    WHERE id = $1 AND version = $2";
+    not_before = $8, due_at = $9, ended_at = $10, avoid = $11, lease_agent = $12, lease_until = $13, \
+    claim_id = $14, document = $15 WHERE id = $1 AND version = $2";
 const EXISTS: &str = "SELECT 1 FROM builds WHERE id = $1";
 const LOAD: &str = "SELECT document, spec FROM builds WHERE id = $1";
 const BY_CLAIM: &str = "SELECT document, spec FROM builds WHERE claim_id = $1";
 const LEASED_BY: &str = "SELECT document, spec FROM builds WHERE lease_agent = $1 ORDER BY submit_seq";
 const IN_STATE: &str = "SELECT document, spec FROM builds WHERE state = $1 AND id > $2 ORDER BY id LIMIT $3";
 const IN_POOL: &str = "SELECT document, spec FROM builds WHERE pool = $1 \
-    AND state IN ('PENDING', 'BUILDING', 'PUSHING') ORDER BY submit_seq";
+    AND state IN ('PENDING', 'BUILDING', 'PUSHING', 'DEAD_LETTER') ORDER BY submit_seq";
 const NEWEST: &str = "SELECT document, spec FROM builds ORDER BY submit_seq DESC LIMIT $1";
 const TO_PUBLISH: &str = "SELECT document, spec FROM builds WHERE state = 'PUSHING' AND committed \
-    AND lease_until IS NULL AND not_before <= $1 ORDER BY submit_seq LIMIT $2";
+    AND pool = $1 AND lease_until IS NULL AND (not_before <= $2 OR not_before > $3) ORDER BY submit_seq LIMIT 1";
 const RUNNING: &str = "SELECT namespace, concurrency_group FROM builds WHERE state = 'BUILDING' OR (state = 'PUSHING' AND NOT committed)";
+const LINES: &str = "WITH RECURSIVE lines (pool, namespace) AS ( \
+    SELECT * FROM (SELECT pool, namespace FROM builds WHERE state = 'PENDING' ORDER BY pool, namespace LIMIT 1) AS first \
+    UNION ALL SELECT (SELECT pool FROM builds AS b WHERE b.state = 'PENDING' \
+        AND (b.pool, b.namespace) > (lines.pool, lines.namespace) ORDER BY b.pool, b.namespace LIMIT 1), \
+    (SELECT namespace FROM builds AS b WHERE b.state = 'PENDING' \
+        AND (b.pool, b.namespace) > (lines.pool, lines.namespace) ORDER BY b.pool, b.namespace LIMIT 1) \
+    FROM lines WHERE lines.pool IS NOT NULL) \
+    SELECT pool, namespace FROM lines WHERE pool IS NOT NULL";
 const WAITING: &str = "SELECT id, submit_seq, namespace, pool, priority, concurrency_group, repositories, \
-    not_before, avoid FROM (SELECT id, submit_seq, namespace, pool, priority, concurrency_group, repositories, \
-    not_before, document ->> 'avoid' AS avoid, ROW_NUMBER() OVER (PARTITION BY namespace, pool \
-    ORDER BY priority DESC, submit_seq) AS place FROM builds WHERE state = 'PENDING') AS ranked WHERE place <= $1";
-const UNFINISHED: &str = "SELECT document, spec FROM builds WHERE state IN ('PENDING', 'BUILDING', 'PUSHING') \
-    AND id > $1 ORDER BY id LIMIT $2";
+    not_before, avoid FROM builds WHERE state = 'PENDING' AND pool = $1 AND namespace = $2 \
+    AND (not_before <= $3 OR not_before > $4) ORDER BY priority DESC, submit_seq LIMIT $5";
+const DUE: &str = "SELECT id, due_at FROM builds WHERE due_at < $1 AND (due_at, id) > ($2, $3) ORDER BY due_at, id LIMIT $4";
+const FAR_LEASES: &str = "SELECT id FROM builds WHERE lease_until > $1 ORDER BY lease_until DESC LIMIT $2";
+const HOLDERS: &str =
+    "SELECT DISTINCT lease_agent FROM builds WHERE lease_agent IS NOT NULL ORDER BY lease_agent";
 const COUNTS: &str = "SELECT state, COUNT(*) AS builds FROM builds GROUP BY state";
+pub(super) const STATEMENTS: &[&str] = &[
+    INSERT, BY_KEY, NEXT_SEQ, SAVE, EXISTS, LOAD, BY_CLAIM, LEASED_BY, IN_STATE, IN_POOL, NEWEST, TO_PUBLISH,
+    RUNNING, LINES, WAITING, DUE, FAR_LEASES, HOLDERS, COUNTS,
+];
 
 impl Tx {
     /// The next place in the order of submission.
@@ -117,6 +150,7 @@ impl Tx {
             .bind(version(build.version))
             .bind(build.commit.is_some())
             .bind(build.not_before)
+            .bind(decide::due_at(build, spec))
             .bind(to_json("spec", spec)?)
             .bind(to_json("document", build)?)
             .execute(&mut *self.inner)
@@ -125,7 +159,7 @@ impl Tx {
     }
 
     /// Saves a build that was loaded with this version.
-    pub async fn save(&mut self, loaded: u64, build: &Build) -> Result<Saved, StoreError> {
+    pub async fn save(&mut self, loaded: u64, build: &Build, spec: &BuildSpec) -> Result<Saved, StoreError> {
         let lease = build.lease.as_ref();
         let done = sqlx::query(SAVE)
             .bind(build.id.as_uuid())
@@ -136,6 +170,9 @@ impl Tx {
             .bind(version(build.version))
             .bind(build.commit.is_some())
             .bind(build.not_before)
+            .bind(decide::due_at(build, spec))
+            .bind(build.ended_at)
+            .bind(build.avoid.as_ref().map(AgentId::as_str))
             .bind(lease.map(|lease| lease.agent.as_str()))
             .bind(lease.map(|lease| lease.until))
             .bind(lease.map(|lease| lease.claim.as_uuid()))
@@ -162,10 +199,7 @@ impl Tx {
     }
 
     /// Builds of an agent.
-    pub async fn leased_by(
-        &mut self,
-        agent: &kiln_protocol::id::AgentId,
-    ) -> Result<Vec<Recorded>, StoreError> {
+    pub async fn leased_by(&mut self, agent: &AgentId) -> Result<Vec<Recorded>, StoreError> {
         let rows = sqlx::query(LEASED_BY).bind(agent.as_str()).fetch_all(&mut *self.inner).await?;
         rows.iter().map(recorded).collect()
     }
@@ -194,21 +228,30 @@ impl Tx {
         rows.iter().map(recorded).collect()
     }
 
-    /// Committed builds on which nobody works.
-    pub async fn to_publish(&mut self, limit: i64) -> Result<Vec<Recorded>, StoreError> {
-        let query = sqlx::query(TO_PUBLISH).bind(self.now).bind(limit);
-        query.fetch_all(&mut *self.inner).await?.iter().map(recorded).collect()
+    /// The oldest committed build of a pool on which nobody works.
+    pub async fn to_publish(&mut self, pool: &Pool) -> Result<Option<Recorded>, StoreError> {
+        let far = self.now.saturating_add(decide::LONGEST_PAUSE);
+        let query = sqlx::query(TO_PUBLISH).bind(pool.as_str()).bind(self.now).bind(far);
+        query.fetch_optional(&mut *self.inner).await?.as_ref().map(recorded).transpose()
     }
 
-    /// Builds that are not over, by id, after this one.
-    pub async fn unfinished(
-        &mut self,
-        after: Option<BuildId>,
-        limit: i64,
-    ) -> Result<Vec<Recorded>, StoreError> {
-        let after = after.map_or(Uuid::nil(), |id| id.as_uuid());
-        let query = sqlx::query(UNFINISHED).bind(after).bind(limit);
-        query.fetch_all(&mut *self.inner).await?.iter().map(recorded).collect()
+    /// Builds about which something may have to be decided by now, after this place in their order.
+    pub async fn due(&mut self, after: Due, limit: i64) -> Result<Vec<Due>, StoreError> {
+        let query = sqlx::query(DUE).bind(self.now).bind(after.0).bind(after.1.as_uuid()).bind(limit);
+        let due = |row: &SqliteRow| Ok(Due(row.try_get("due_at")?, BuildId::from_uuid(row.try_get("id")?)));
+        query.fetch_all(&mut *self.inner).await?.iter().map(due).collect()
+    }
+
+    /// Builds whose lease ends after this.
+    pub async fn leased_beyond(&mut self, until: Micros, limit: i64) -> Result<Vec<BuildId>, StoreError> {
+        let rows = sqlx::query(FAR_LEASES).bind(until).bind(limit).fetch_all(&mut *self.inner).await?;
+        rows.iter().map(|row| Ok(BuildId::from_uuid(row.try_get("id")?))).collect()
+    }
+
+    /// Agents that hold a lease.
+    pub async fn holders(&mut self) -> Result<Vec<AgentId>, StoreError> {
+        let rows = sqlx::query(HOLDERS).fetch_all(&mut *self.inner).await?;
+        rows.iter().map(|row| parse("lease_agent", row.try_get("lease_agent")?)).collect()
     }
 
     /// Builds that take part in the shares.
@@ -224,9 +267,29 @@ impl Tx {
         rows.iter().map(running).collect()
     }
 
-    /// Waiting builds that may be among the next, each with the repositories that it publishes to.
-    pub async fn waiting(&mut self) -> Result<Vec<(Waiting, BTreeSet<String>)>, StoreError> {
-        let rows = sqlx::query(WAITING).bind(WINDOW).fetch_all(&mut *self.inner).await?;
+    /// Pools and namespaces that have waiting builds: each is a line of its own.
+    pub async fn lines(&mut self) -> Result<Vec<Line>, StoreError> {
+        let rows = sqlx::query(LINES).fetch_all(&mut *self.inner).await?;
+        let line = |row: &SqliteRow| {
+            let pool = parse("pool", row.try_get("pool")?)?;
+            Ok(Line { pool, namespace: parse("namespace", row.try_get("namespace")?)? })
+        };
+        rows.iter().map(line).collect()
+    }
+
+    /// The first waiting builds of a line, each with the repositories that it publishes to.
+    pub async fn waiting(
+        &mut self,
+        line: &Line,
+        which: Which,
+        limit: i64,
+    ) -> Result<Vec<(Waiting, BTreeSet<String>)>, StoreError> {
+        let (due, far) = match which {
+            Which::Due => (self.now, self.now.saturating_add(decide::LONGEST_PAUSE)),
+            Which::All => (Micros::MAX, Micros::MAX),
+        };
+        let query = sqlx::query(WAITING).bind(line.pool.as_str()).bind(line.namespace.as_str());
+        let rows = query.bind(due).bind(far).bind(limit).fetch_all(&mut *self.inner).await?;
         rows.iter().map(waiting).collect()
     }
 

@@ -1,6 +1,6 @@
 //! The newest committed build of every target (shell).
 
-use kiln_protocol::id::SubmitSeq;
+use kiln_protocol::id::{Pool, SubmitSeq};
 use kiln_protocol::{BuildId, Digest, Target};
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
@@ -25,13 +25,15 @@ pub struct Recheck {
 const HEAD: &str = "SELECT submit_seq, build FROM tag_heads WHERE target = $1";
 const UPSERT: &str = "INSERT INTO tag_heads (target, submit_seq, build, digest, rechecks) VALUES ($1, $2, $3, $4, 0) \
     ON CONFLICT (target) DO UPDATE SET submit_seq = excluded.submit_seq, build = excluded.build, \
-    digest = excluded.digest, rechecks = 0 WHERE excluded.submit_seq > tag_heads.submit_seq";
+    digest = excluded.digest, rechecks = 0, \
+    recheck_at = CASE WHEN tag_heads.recheck_at IS NULL THEN NULL ELSE $5 END WHERE excluded.submit_seq > tag_heads.submit_seq";
 const REMEMBER: &str =
-    "INSERT INTO tag_history (target, digest, build) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
+    "INSERT INTO tag_history (target, digest, build, at) VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING";
 const KNOWN: &str = "SELECT 1 FROM tag_history WHERE target = $1 AND digest = $2";
 const WATCH: &str = "UPDATE tag_heads SET recheck_at = $2, rechecks = $3 WHERE target = $1";
-const DUE: &str = "SELECT target, build, digest, rechecks FROM tag_heads WHERE recheck_at <= $1 \
-    ORDER BY recheck_at LIMIT $2";
+const DUE: &str = "SELECT h.target, h.build, h.digest, h.rechecks FROM tag_heads AS h \
+    JOIN builds AS b ON b.id = h.build WHERE h.recheck_at <= $1 AND b.pool = $2 ORDER BY h.recheck_at LIMIT 1";
+pub(super) const STATEMENTS: &[&str] = &[HEAD, UPSERT, REMEMBER, KNOWN, WATCH, DUE];
 
 impl Tx {
     /// The newest committed build of a target.
@@ -45,19 +47,21 @@ impl Tx {
         row.map(head).transpose()
     }
 
-    /// Makes a build the newest of a target, unless a newer one is.
+    /// Makes a build the newest of a target, unless a newer one is. A tag that is watched is looked at again at
+    /// this time.
     pub async fn take_head(
         &mut self,
         target: &Target,
         submit_seq: SubmitSeq,
         build: BuildId,
         digest: &Digest,
+        look_at: Micros,
     ) -> Result<(), StoreError> {
         let name = target.to_string();
         let upsert = sqlx::query(UPSERT).bind(&name).bind(submit_seq.0).bind(build.as_uuid());
-        upsert.bind(digest.as_str()).execute(&mut *self.inner).await?;
+        upsert.bind(digest.as_str()).bind(look_at).execute(&mut *self.inner).await?;
         let remember = sqlx::query(REMEMBER).bind(&name).bind(digest.as_str()).bind(build.as_uuid());
-        remember.execute(&mut *self.inner).await?;
+        remember.bind(self.now).execute(&mut *self.inner).await?;
         Ok(())
     }
 
@@ -79,10 +83,10 @@ impl Tx {
         Ok(())
     }
 
-    /// Tags that are to be looked at now.
-    pub async fn due_rechecks(&mut self, limit: i64) -> Result<Vec<Recheck>, StoreError> {
-        let rows = sqlx::query(DUE).bind(self.now).bind(limit).fetch_all(&mut *self.inner).await?;
-        rows.iter().map(recheck).collect()
+    /// A tag that is to be looked at now, of a build that this pool may touch.
+    pub async fn due_recheck(&mut self, pool: &Pool) -> Result<Option<Recheck>, StoreError> {
+        let query = sqlx::query(DUE).bind(self.now).bind(pool.as_str());
+        query.fetch_optional(&mut *self.inner).await?.as_ref().map(recheck).transpose()
     }
 }
 

@@ -4,10 +4,12 @@
 //! so that PostgreSQL can execute it too: `$1` parameters, `RETURNING`, `ON CONFLICT`, integers for moments.
 
 mod agents;
+mod attempts;
 mod builds;
 mod clock;
 mod heads;
 mod outbox;
+mod retention;
 mod streams;
 
 use std::path::{Path, PathBuf};
@@ -22,10 +24,11 @@ use sqlx::{SqlSafeStr as _, Sqlite, Transaction};
 use crate::build::Micros;
 
 pub use agents::AgentRow;
-pub use builds::{Inserted, Recorded, Saved};
+pub use builds::{Due, Inserted, Line, Recorded, Saved, Which};
 pub use clock::Clock;
 pub use heads::Recheck;
 pub use outbox::{Outgoing, Pending};
+pub use retention::Retention;
 pub use streams::{BadMessage, StoredEvent};
 
 /// A writer waits this long for another process that writes.
@@ -134,6 +137,20 @@ impl Tx {
     pub async fn commit(self) -> Result<(), StoreError> {
         Ok(self.inner.commit().await?)
     }
+}
+
+/// Every statement, so that a test can prepare each on a fresh schema.
+pub fn statements() -> impl Iterator<Item = &'static str> {
+    let all = [
+        agents::STATEMENTS,
+        attempts::STATEMENTS,
+        builds::STATEMENTS,
+        heads::STATEMENTS,
+        outbox::STATEMENTS,
+        retention::STATEMENTS,
+        streams::STATEMENTS,
+    ];
+    all.into_iter().flatten().copied()
 }
 
 fn migrations() -> Migrator {

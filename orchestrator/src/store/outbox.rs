@@ -56,6 +56,7 @@ const TAKE: &str = "UPDATE outbox SET locked_until = $1, tries = tries + 1 WHERE
 const DONE: &str = "DELETE FROM outbox WHERE id = $1";
 const FAILED: &str = "UPDATE outbox SET locked_until = $2, error = $3 WHERE id = $1";
 const OLDEST: &str = "SELECT COUNT(*) AS rows, MIN(created_at) AS oldest FROM outbox";
+pub(super) const STATEMENTS: &[&str] = &[PUT, TAKE, DONE, FAILED, OLDEST];
 
 impl Tx {
     /// Adds a message to be sent once this change is committed.

@@ -32,17 +32,18 @@ pub struct BadMessage {
     pub body: Vec<u8>,
 }
 
-const EVENT: &str = "INSERT INTO events (build, namespace, body) VALUES ($1, $2, $3)";
+const EVENT: &str = "INSERT INTO events (build, namespace, at, body) VALUES ($1, $2, $3, $4)";
 const EVENTS: &str = "SELECT id, body FROM events WHERE build = $1 AND id > $2 ORDER BY id LIMIT $3";
 const AUDIT: &str = "INSERT INTO audit (at, actor, action, build, detail) VALUES ($1, $2, $3, $4, $5)";
 const BAD: &str = "INSERT INTO bad_messages (at, queue, error, body) VALUES ($1, $2, $3, $4)";
 const ALL_BAD: &str = "SELECT id, at, queue, error, body FROM bad_messages ORDER BY id DESC LIMIT $1";
+pub(super) const STATEMENTS: &[&str] = &[EVENT, EVENTS, AUDIT, BAD, ALL_BAD];
 
 impl Tx {
     /// Appends what everybody may know of a change.
     pub async fn append_event(&mut self, event: &StatusEvent) -> Result<(), StoreError> {
         let query = sqlx::query(EVENT).bind(event.build.as_uuid()).bind(event.namespace.as_str());
-        query.bind(to_json("event", event)?).execute(&mut *self.inner).await?;
+        query.bind(event.at).bind(to_json("event", event)?).execute(&mut *self.inner).await?;
         Ok(())
     }
 

@@ -1,0 +1,104 @@
+//! What is forgotten: nothing that somebody still works on, and a bounded number of rows at a time (shell).
+
+use std::time::Duration;
+
+use kiln_protocol::BuildId;
+use sqlx::Row as _;
+
+use super::{StoreError, Tx};
+use crate::build::Micros;
+
+/// How much of what is over is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retention {
+    /// Builds, their events and attempts, the audit and bad messages are kept this long after the end.
+    pub keep: Duration,
+    /// Builds that are over, at most.
+    pub builds: u32,
+    /// Rows of the audit, at most.
+    pub audit: u32,
+    /// Messages that nobody could read, at most.
+    pub bad_messages: u32,
+    /// Messages that wait for the bus, at most. All are hints: whoever misses one finds it in the record.
+    pub outbox: u32,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self {
+            keep: Duration::from_hours(30 * 24),
+            // A build has a few kilobytes of rows: some hundred megabytes.
+            builds: 100_000,
+            audit: 500_000,
+            bad_messages: 10_000,
+            outbox: 100_000,
+        }
+    }
+}
+
+const NTH_END: &str = "SELECT ended_at FROM builds WHERE ended_at IS NOT NULL \
+    AND state IN ('SUCCESS', 'FAILED', 'CANCELLED') ORDER BY ended_at DESC LIMIT 1 OFFSET $1";
+/// A build whose tag is still watched is needed to repair it.
+const OLD_BUILDS: &str = "SELECT id FROM builds WHERE ended_at < $1 \
+    AND state IN ('SUCCESS', 'FAILED', 'CANCELLED') AND NOT EXISTS \
+    (SELECT 1 FROM tag_heads WHERE tag_heads.build = builds.id AND tag_heads.recheck_at IS NOT NULL) \
+    ORDER BY ended_at LIMIT $2";
+const BUILD: &str = "DELETE FROM builds WHERE id = $1";
+const EVENTS: &str = "DELETE FROM events WHERE build = $1";
+const ATTEMPTS: &str = "DELETE FROM attempts WHERE build = $1";
+/// A head stays while its build does, while its tag is watched, and while an older build might still commit.
+const HEADS: &str = "DELETE FROM tag_heads WHERE target IN (SELECT target FROM tag_heads WHERE build = $1 \
+    AND recheck_at IS NULL AND submit_seq < (SELECT COALESCE(MIN(submit_seq), tag_heads.submit_seq + 1) \
+    FROM builds WHERE state IN ('PENDING', 'BUILDING', 'PUSHING', 'DEAD_LETTER')))";
+const HISTORY: &str = "DELETE FROM tag_history WHERE (target, digest, build) IN \
+    (SELECT target, digest, build FROM tag_history AS h WHERE at < $1 AND NOT EXISTS \
+    (SELECT 1 FROM tag_heads WHERE tag_heads.target = h.target AND tag_heads.recheck_at IS NOT NULL) \
+    ORDER BY at LIMIT $2)";
+const AUDIT: &str = "DELETE FROM audit WHERE id IN (SELECT id FROM audit WHERE at < $1 \
+    OR id <= (SELECT MAX(id) FROM audit) - $2 ORDER BY id LIMIT $3)";
+const BAD: &str = "DELETE FROM bad_messages WHERE id IN (SELECT id FROM bad_messages WHERE at < $1 \
+    OR id <= (SELECT MAX(id) FROM bad_messages) - $2 ORDER BY id LIMIT $3)";
+const OUTBOX: &str = "DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE created_at < $1 \
+    OR id <= (SELECT MAX(id) FROM outbox) - $2 ORDER BY id LIMIT $3)";
+const AGENTS: &str = "DELETE FROM agents WHERE id IN (SELECT id FROM agents WHERE seen_at < $1 AND NOT EXISTS \
+    (SELECT 1 FROM builds WHERE builds.lease_agent = agents.id) LIMIT $2)";
+const BOOTS: &str =
+    "DELETE FROM retired_boots WHERE boot IN (SELECT boot FROM retired_boots WHERE at < $1 LIMIT $2)";
+pub(super) const STATEMENTS: &[&str] =
+    &[NTH_END, OLD_BUILDS, BUILD, EVENTS, ATTEMPTS, HEADS, HISTORY, AUDIT, BAD, OUTBOX, AGENTS, BOOTS];
+
+impl Tx {
+    /// Forgets at most `limit` rows of each kind, and says how many went.
+    pub async fn prune(&mut self, retention: &Retention, limit: i64) -> Result<u64, StoreError> {
+        let keep = Micros::try_from(retention.keep.as_micros()).unwrap_or(Micros::MAX);
+        let before = self.now.saturating_sub(keep);
+        let mut gone = self.prune_builds(before, retention.builds, limit).await?;
+        for (statement, most) in
+            [(AUDIT, retention.audit), (BAD, retention.bad_messages), (OUTBOX, retention.outbox)]
+        {
+            let query = sqlx::query(statement).bind(before).bind(i64::from(most)).bind(limit);
+            gone += query.execute(&mut *self.inner).await?.rows_affected();
+        }
+        // A tag is watched for a month after the last writer was lost, and what writers put there must be known.
+        let twice = self.now.saturating_sub(keep.saturating_mul(2));
+        for (statement, before) in [(HISTORY, twice), (AGENTS, before), (BOOTS, before)] {
+            let query = sqlx::query(statement).bind(before).bind(limit);
+            gone += query.execute(&mut *self.inner).await?.rows_affected();
+        }
+        Ok(gone)
+    }
+
+    async fn prune_builds(&mut self, before: Micros, most: u32, limit: i64) -> Result<u64, StoreError> {
+        let nth = sqlx::query(NTH_END).bind(i64::from(most)).fetch_optional(&mut *self.inner).await?;
+        let beyond: Option<Micros> = nth.map(|row| row.try_get("ended_at")).transpose()?;
+        let before = beyond.map_or(before, |end| before.max(end.saturating_add(1)));
+        let rows = sqlx::query(OLD_BUILDS).bind(before).bind(limit).fetch_all(&mut *self.inner).await?;
+        for row in &rows {
+            let id = BuildId::from_uuid(row.try_get("id")?);
+            for statement in [EVENTS, ATTEMPTS, HEADS, BUILD] {
+                sqlx::query(statement).bind(id.as_uuid()).execute(&mut *self.inner).await?;
+            }
+        }
+        Ok(rows.len() as u64)
+    }
+}

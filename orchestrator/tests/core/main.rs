@@ -1,0 +1,14 @@
+//! The orchestrator on a real database: every interleaving that breaks naive designs, by name.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod attempts;
+
+mod cancels;
+mod claims;
+mod harness;
+mod heads;
+mod properties;
+mod reports;
+
+mod silence;
+mod submissions;

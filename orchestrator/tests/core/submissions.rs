@@ -1,0 +1,76 @@
+//! What is accepted, and what of it everybody hears.
+
+use kiln_orchestrator::submit::{Submission, SubmitError};
+use kiln_protocol::{BuildSpec, State};
+
+use crate::harness::{World, spec};
+
+fn keyed(spec: BuildSpec, key: &str) -> Submission {
+    Submission { spec, key: Some(key.to_owned()), retry_of: None }
+}
+
+#[tokio::test]
+async fn the_same_key_gives_the_same_build_and_another_request_is_refused() {
+    let world = World::new().await;
+    let first = world.orchestrator.submit(keyed(spec(&["r.example/app:1"]), "k")).await.unwrap();
+    let again = world.orchestrator.submit(keyed(spec(&["r.example/app:1"]), "k")).await.unwrap();
+    assert_eq!((again.id, again.repeated), (first.id, true));
+    let other = world.orchestrator.submit(keyed(spec(&["r.example/app:2"]), "k")).await;
+    assert!(matches!(other, Err(SubmitError::OtherRequest(id)) if id == first.id));
+    let elsewhere = BuildSpec { namespace: "team-b".parse().unwrap(), ..spec(&["r.example/app:1"]) };
+    assert!(!world.orchestrator.submit(keyed(elsewhere, "k")).await.unwrap().repeated);
+    assert_eq!(world.orchestrator.list().await.unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn one_key_at_once_from_two_processes_gives_one_build() {
+    let world = World::new().await;
+    let other = world.second(crate::harness::settings()).await;
+    for round in 0..10 {
+        let submission = || keyed(spec(&["r.example/app:1"]), &format!("k{round}"));
+        let (one, two) = tokio::join!(world.orchestrator.submit(submission()), other.submit(submission()));
+        let (one, two) = (one.unwrap(), two.unwrap());
+        assert_eq!(one.id, two.id);
+        assert_ne!(one.repeated, two.repeated);
+    }
+}
+
+#[tokio::test]
+async fn a_change_is_told_if_and_only_if_it_is_recorded() {
+    let world = World::new().await;
+    let backlog = async || {
+        let mut tx = world.orchestrator.store().read().await.unwrap();
+        tx.outbox_backlog().await.unwrap().0
+    };
+    let id = world.submit(&["r.example/app:1"]).await;
+    assert_eq!(backlog().await, 1, "a submission is told too");
+    world.agent("a").take(id).await;
+    assert_eq!(backlog().await, 2);
+    let events = world.orchestrator.events(id, 0).await.unwrap();
+    let states: Vec<State> = events.iter().map(|stored| stored.event.state).collect();
+    assert_eq!(states, [State::Pending, State::Building]);
+    assert_eq!(world.orchestrator.events(id, events[0].id).await.unwrap().len(), 1);
+
+    // The process dies between the change and its commit.
+    let mut tx = world.orchestrator.store().write().await.unwrap();
+    let found = tx.load(id).await.unwrap().unwrap();
+    tx.append_event(&found.build.public(&found.spec, 0)).await.unwrap();
+    let event = found.build.public(&found.spec, 0);
+    let message = kiln_orchestrator::store::Outgoing::new("kiln.event", "event.x".to_owned(), &event);
+    tx.send(&message.unwrap()).await.unwrap();
+    drop(tx);
+    assert_eq!(backlog().await, 2);
+    assert_eq!(world.orchestrator.events(id, 0).await.unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn only_what_is_over_can_be_submitted_again() {
+    let world = World::new().await;
+    let id = world.submit(&["r.example/app:1"]).await;
+    assert!(matches!(world.orchestrator.retry(id, None).await, Err(SubmitError::NotOver { .. })));
+    world.orchestrator.cancel(id, kiln_protocol::Reason::Cancelled, "somebody").await.unwrap();
+    let again = world.orchestrator.retry(id, None).await.unwrap();
+    let build = world.show(again.id).await;
+    assert_eq!((build.retry_of, build.state), (Some(id), State::Pending));
+    assert!(build.submit_seq > world.show(id).await.submit_seq);
+}
