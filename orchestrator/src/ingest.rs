@@ -82,6 +82,8 @@ impl Orchestrator {
             // The agent keeps it until a renewal says that it was taken.
             Err(error) => {
                 tracing::warn!(error = crate::error::chain(&error), "a report cannot be recorded now");
+                // It comes back at once, and only so often.
+                tokio::time::sleep(crate::run::AGAIN_AFTER).await;
                 delivery.requeue().await
             }
         }
@@ -127,6 +129,7 @@ impl Orchestrator {
             if kept {
                 delivery.ack().await?;
             } else {
+                tokio::time::sleep(crate::run::AGAIN_AFTER).await;
                 delivery.requeue().await?;
             }
         }

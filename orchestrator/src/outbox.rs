@@ -38,11 +38,22 @@ impl Orchestrator {
         }
         let mut sent = Vec::new();
         let mut failed = Vec::new();
+        let mut broken = None;
         // No transaction is open across the network.
         for message in taken {
-            match publish(bus, &message).await {
+            let published = match &broken {
+                None => publish(bus, &message).await,
+                Some(error) => Err(Unsent::Broken(String::clone(error))),
+            };
+            let again_at = now.saturating_add(pause(message.tries));
+            match published {
                 Ok(()) => sent.push(message.id),
-                Err(error) => failed.push((message.id, now.saturating_add(pause(message.tries)), error)),
+                Err(Unsent::Full) => failed.push((message.id, again_at, FULL.to_owned())),
+                Err(Unsent::Broken(error)) => {
+                    failed.push((message.id, again_at, error.clone()));
+                    // Each would wait for its own timeout.
+                    broken = Some(error);
+                }
             }
         }
         let mut tx = self.store.write().await?;
@@ -95,13 +106,24 @@ fn pools(waiting: &[schedule::Waiting]) -> std::collections::BTreeSet<Pool> {
     waiting.iter().map(|waiting| waiting.pool.clone()).collect()
 }
 
-async fn publish(bus: &Bus, pending: &Pending) -> Result<(), String> {
+/// What a message waits for that a queue refused.
+const FULL: &str = "a queue is full";
+
+/// Why the bus did not take a message.
+enum Unsent {
+    /// A queue refused it; others may have room.
+    Full,
+    /// The bus does not answer.
+    Broken(String),
+}
+
+async fn publish(bus: &Bus, pending: &Pending) -> Result<(), Unsent> {
     let message = Message::new(pending.message.as_uuid(), pending.kind.clone(), pending.body.clone());
     // Events and cancels may have no listener; both are hints.
     match bus.publish(&pending.exchange, &pending.key, message, false).await {
         Ok(Published::Confirmed | Published::Returned) => Ok(()),
-        Ok(Published::Rejected) => Err("a queue is full".to_owned()),
-        Err(error) => Err(error.to_string()),
+        Ok(Published::Rejected) => Err(Unsent::Full),
+        Err(error) => Err(Unsent::Broken(crate::error::chain(&error))),
     }
 }
 

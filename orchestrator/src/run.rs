@@ -12,10 +12,11 @@ use tokio::time::Instant;
 use crate::amnesty::Amnesty;
 use crate::core::Orchestrator;
 use crate::error::chain;
+use crate::store::Retention;
 use crate::{outbox, sweep, topology};
 
 /// Pause before something that broke is begun anew.
-const AGAIN_AFTER: Duration = Duration::from_millis(200);
+pub(crate) const AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 /// Declares the topology and starts every loop in the set. Each goes on until the set is aborted or dropped: the
 /// record is whole between any two statements.
@@ -33,7 +34,8 @@ pub async fn start(
         on(loops, work);
     }
     loops.spawn(relay(Arc::clone(orchestrator), bus.clone()));
-    loops.spawn(sweep(Arc::clone(orchestrator)));
+    loops.spawn(sweep(Arc::clone(orchestrator), bus.clone()));
+    loops.spawn(prune(Arc::clone(orchestrator)));
     Ok(())
 }
 
@@ -70,13 +72,19 @@ async fn relay(orchestrator: Arc<Orchestrator>, bus: Bus) {
     }
 }
 
-async fn sweep(orchestrator: Arc<Orchestrator>) {
+async fn sweep(orchestrator: Arc<Orchestrator>, bus: Bus) {
     let mut amnesty = Amnesty::default();
     loop {
-        if log_error("sweep", orchestrator.sweep(&mut amnesty, Instant::now()).await).is_none() {
-            amnesty.interrupted();
-        }
+        let swept = orchestrator.probe_and_sweep(&bus, &mut amnesty, Instant::now()).await;
+        log_error("sweep", swept);
         tokio::time::sleep(sweep::EVERY).await;
+    }
+}
+
+async fn prune(orchestrator: Arc<Orchestrator>) {
+    loop {
+        log_error("forget old rows", orchestrator.prune(&Retention::default()).await);
+        tokio::time::sleep(sweep::PRUNE_EVERY).await;
     }
 }
 

@@ -2,17 +2,26 @@
 
 use std::time::Duration;
 
-use kiln_protocol::{BuildId, State};
+use kiln_protocol::{BuildId, State, topology as names};
+use kiln_transport::Bus;
 use tokio::time::Instant;
 
 use crate::amnesty::Amnesty;
 use crate::build::{Build, Micros};
 use crate::core::{CoreError, Orchestrator, tries};
 use crate::decide::{self, Tries};
-use crate::store::{Due, Recorded, Tx};
+use crate::store::{Due, Recorded, Retention, Tx};
 
 /// Pause between two looks.
 pub const EVERY: Duration = Duration::from_secs(2);
+/// Pause between two looks for what can be forgotten.
+pub(crate) const PRUNE_EVERY: Duration = Duration::from_hours(1);
+/// One look forgets at most this many batches; the next one goes on.
+const PRUNE_ROUNDS: usize = 1000;
+/// An answer that takes longer means that the way to the broker is blocked.
+const PROBE: Duration = Duration::from_secs(2);
+/// More questions than this in the queue take longer to answer than renewals may be late.
+const BACKLOG: u64 = 1000;
 /// Builds of one transaction: others must be able to write in between.
 const BATCH: i64 = 100;
 
@@ -26,6 +35,39 @@ pub struct Swept {
 }
 
 impl Orchestrator {
+    /// Sweeps, after a look at the way that renewals take: while it is blocked, no silence means anything.
+    pub async fn probe_and_sweep(
+        &self,
+        bus: &Bus,
+        amnesty: &mut Amnesty,
+        at: Instant,
+    ) -> Result<Swept, CoreError> {
+        let probe = tokio::time::timeout(PROBE, bus.queue_depth(names::LEASE)).await;
+        if !matches!(probe, Ok(Ok(waiting)) if waiting <= BACKLOG) {
+            amnesty.interrupted();
+        }
+        let swept = self.sweep(amnesty, at).await;
+        if swept.is_err() {
+            amnesty.interrupted();
+        }
+        swept
+    }
+
+    /// Forgets what is over for long enough. Gives the number of rows.
+    pub async fn prune(&self, retention: &Retention) -> Result<u64, CoreError> {
+        let mut pruned = 0;
+        for _ in 0..PRUNE_ROUNDS {
+            let mut tx = self.store.write().await?;
+            let gone = tx.prune(retention, BATCH).await?;
+            tx.commit().await?;
+            pruned += gone;
+            if gone == 0 {
+                break;
+            }
+        }
+        Ok(pruned)
+    }
+
     /// Looks at every build about which something may have to be decided by now. `at` is the same moment by the
     /// clock of this process.
     pub async fn sweep(&self, amnesty: &mut Amnesty, at: Instant) -> Result<Swept, CoreError> {

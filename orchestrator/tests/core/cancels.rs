@@ -51,17 +51,17 @@ async fn of_a_cancel_and_a_commit_at_once_exactly_one_wins() {
     for round in 0..40u8 {
         let id = world.submit(&[&format!("r.example/app:{round}")]).await;
         let lease = agent.take(id).await;
-        let canceller = if round % 2 == 0 { &other } else { &world.orchestrator };
-        let asks = canceller.cancel(id, Reason::Cancelled, "somebody");
+        let whose = if round % 2 == 0 { &other } else { &world.orchestrator };
+        let asks = whose.cancel(id, Reason::Cancelled, "somebody");
         // Whoever is polled first tends to win, so they take turns.
-        let (cancelled, answer) = if round % 3 == 0 {
+        let (asked, answer) = if round % 3 == 0 {
             tokio::join!(asks, agent.commit(lease, 1))
         } else {
-            let (answer, cancelled) = tokio::join!(agent.commit(lease, 1), asks);
-            (cancelled, answer)
+            let (answer, asked) = tokio::join!(agent.commit(lease, 1), asks);
+            (asked, answer)
         };
         let committed = matches!(answer, CommitAnswer::Granted { .. });
-        assert_ne!(cancelled.is_ok(), committed, "round {round}");
+        assert_ne!(asked.is_ok(), committed, "round {round}");
         assert_eq!(world.show(id).await.commit.is_some(), committed);
         wins[usize::from(committed)] += 1;
         agent.report(lease, 1, failed(Reason::Cancelled)).await;

@@ -101,6 +101,11 @@ impl World {
         self.orchestrator.sweep(&mut self.amnesty, self.monotonic).await.unwrap()
     }
 
+    /// A sweep by the loop of a process on this bus.
+    pub(crate) async fn probe_and_sweep(&mut self, bus: &kiln_transport::Bus) -> Swept {
+        self.orchestrator.probe_and_sweep(bus, &mut self.amnesty, self.monotonic).await.unwrap()
+    }
+
     pub(crate) async fn submit(&self, targets: &[&str]) -> BuildId {
         self.submit_spec(spec(targets)).await
     }

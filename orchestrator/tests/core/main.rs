@@ -2,13 +2,14 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod attempts;
-
+mod bus;
 mod cancels;
 mod claims;
 mod harness;
 mod heads;
 mod properties;
 mod reports;
-
+mod retention;
+mod scale;
 mod silence;
 mod submissions;
