@@ -7,6 +7,7 @@ use std::time::Duration;
 use kiln_protocol::request::NetworkMode;
 use serde::Deserialize;
 
+use crate::hooks::config::{PluginConfig, PluginsConfig};
 pub use crate::registry::ProxyConfig;
 use crate::registry::RegistrySection;
 use crate::slot::wire::{Network, SlotLimits};
@@ -27,6 +28,10 @@ pub struct Config {
     pub logs: LogConfig,
     /// Registries: mirrors, certificates, blocks. Unqualified names mean Docker Hub.
     pub registry: Vec<RegistrySection>,
+    /// Policy plugins, all of them.
+    pub plugins: PluginsConfig,
+    /// Policy plugins, one each.
+    pub plugin: Vec<PluginConfig>,
 }
 
 /// `[build]`.
@@ -36,6 +41,8 @@ pub struct BuildConfig {
     /// A build ends as `timeout` after this long.
     #[serde(deserialize_with = "duration")]
     pub timeout: Duration,
+    /// Tries at a build whose failure may pass, 1 to 20.
+    pub attempts: u32,
     /// From SIGTERM to SIGKILL.
     #[serde(deserialize_with = "duration")]
     pub grace: Duration,
@@ -115,6 +122,7 @@ impl Default for BuildConfig {
     fn default() -> Self {
         Self {
             timeout: Duration::from_hours(1),
+            attempts: kiln_protocol::spec::DEFAULT_ATTEMPTS,
             grace: Duration::from_secs(10),
             network: NetworkMode::Isolated,
             ca: None,

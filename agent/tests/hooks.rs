@@ -299,15 +299,10 @@ async fn required_policies_belong_to_repositories() {
     team.hooks = Some(vec![Hook::PostPush]);
     let every = PluginConfig { name: "every".to_owned(), priority: 1, ..hostile("deny") };
     let host = World::new().load(vec![team, every]).await.unwrap();
-    let names = |repositories: &[&str]| {
-        let repositories: Vec<String> = repositories.iter().map(|r| (*r).to_owned()).collect();
-        let required = host.required(&repositories).into_iter();
-        required.map(|r| (r.name, r.hooks.len(), r.repositories.len())).collect::<Vec<_>>()
-    };
-    assert_eq!(names(&[]), [("every".to_owned(), 2, 0)]);
-    assert_eq!(names(&["r.example.com/b"]), [("every".to_owned(), 2, 1)]);
-    let both = names(&["r.example.com/b", "r.example.com/team-a/app"]);
-    assert_eq!(both, [("every".to_owned(), 2, 2), ("team".to_owned(), 1, 1)]);
+    let policies: Vec<_> =
+        host.policies().map(|(p, glob)| (p.name, p.hooks.len(), glob.map(ToString::to_string))).collect();
+    let (every, team) = (("every".to_owned(), 2, None), ("team".to_owned(), 1, Some("team-a/**".to_owned())));
+    assert_eq!(policies, [every, team]);
     assert_eq!(host.keys().len(), 2, "equal code with other settings is another policy");
     assert_eq!(host.pre_build(Arc::new(build(&[])), &never()).await.len(), 1);
     assert_eq!(image(&[], &host).await.len(), 2);

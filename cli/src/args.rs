@@ -54,6 +54,13 @@ pub(crate) struct BuildArgs {
     /// Add a label to the image
     #[arg(long, value_name = "NAME=VALUE")]
     pub(crate) label: Vec<String>,
+    /// Publish to this tag, registry/repository:tag; may be repeated. A name without a registry names the image in
+    /// a docker-archive
+    #[arg(short, long, value_name = "TAG")]
+    pub(crate) tag: Vec<String>,
+    /// Policy plugin that must let the build pass: FILE or FILE,settings=FILE.json
+    #[arg(long, value_name = "FILE")]
+    pub(crate) plugin: Vec<String>,
     /// Stage to build
     #[arg(long, value_name = "STAGE")]
     pub(crate) target: Option<String>,
@@ -85,6 +92,9 @@ pub(crate) struct BuildArgs {
     /// The build ends after this long [default: build.timeout, 60m]
     #[arg(long, value_name = "DURATION", value_parser = kiln_agent::config::parse_duration)]
     pub(crate) timeout: Option<Duration>,
+    /// Tries at a build whose failure may pass, 1 to 20 [default: build.attempts, 4]
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) attempts: Option<u32>,
     /// How much to print
     #[arg(long, value_enum, default_value_t = Progress::Auto)]
     pub(crate) progress: Progress,
@@ -196,18 +206,7 @@ pub(crate) enum Progress {
 
 /// Flags of `docker build` that Kiln refuses, with what to do instead.
 const REFUSED: &[(&str, &str)] = &[
-    (
-        "-t",
-        "publishing to registries comes with the next release; write the image with -o docker-archive:FILE",
-    ),
-    (
-        "--tag",
-        "publishing to registries comes with the next release; write the image with -o docker-archive:FILE",
-    ),
-    (
-        "--push",
-        "publishing to registries comes with the next release; write the image with -o oci-archive:FILE",
-    ),
+    ("--push", "-t registry/repository:tag publishes by itself; leave the flag out"),
     ("--load", "Kiln has no daemon to load into; use -o docker-archive:FILE, then `docker load -i FILE`"),
     ("--ssh", "no agent socket reaches a sealed slot; give a deploy key with --secret id=NAME,src=FILE"),
     ("--cache-from", "layers are kept on this machine by themselves; leave the flag out"),

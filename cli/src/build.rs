@@ -1,8 +1,10 @@
 //! `kiln build` (edge): from files and flags to a running build and back to files.
 
+mod client;
+mod session;
+
 use std::fs::File;
 use std::io::Write as _;
-use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,26 +13,29 @@ use kiln_agent::agent::Agent;
 use kiln_agent::config::Config;
 use kiln_agent::dockerfile::Dockerfile;
 use kiln_agent::error::chain;
-use kiln_agent::executor::{self, BuildInputs, Event, Finished};
+use kiln_agent::executor::{self, Event};
+use kiln_agent::hooks::HookHost;
+use kiln_agent::hooks::config::PluginConfig;
 use kiln_agent::housekeeping;
-use kiln_agent::layers::{LayerCache, LayerKey, Reuse};
 use kiln_agent::output::{self, OutputSpec};
 use kiln_agent::registry::{Credentials, RegistryConfig};
-use kiln_agent::seal::Sealed;
-use kiln_agent::state::Job;
 use kiln_agent::stop::{self, StopSignal};
-use kiln_agent::unpack::{self, Limits};
+use kiln_orchestrator::build::Build;
 use kiln_protocol::request::{BuildRequest, ImageFormat};
-use kiln_protocol::result::{Failure, Phase, PhaseDuration};
-use kiln_protocol::{BuildId, Reason};
+use kiln_protocol::result::{Phase, PhaseDuration};
+use kiln_protocol::spec::ContextRef;
+use kiln_protocol::target::InvalidTarget;
+use kiln_protocol::{Reason, Target};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use self::client::{Client, ClientParts};
 use crate::app::Exit;
 use crate::args::{BuildArgs, Progress};
+use crate::embedded::{self, Embedded};
 use crate::progress::Printer;
 use crate::signals::Signals;
-use crate::{context, credentials, dockerfile, inputs, paths, progress};
+use crate::{context, credentials, dockerfile, inputs, paths};
 
 /// Lines that wait for a slow terminal; then the build waits too.
 const EVENT_BUFFER: usize = 1024;
@@ -53,6 +58,7 @@ struct Plan {
     source: dockerfile::Source,
     request: BuildRequest,
     outputs: Vec<OutputSpec>,
+    targets: Vec<Target>,
     secrets: Vec<executor::Secret>,
     printer: Printer,
 }
@@ -72,13 +78,19 @@ fn plan(mut args: BuildArgs) -> Result<Plan, Exit> {
         args.progress = Progress::Quiet;
     }
     check_platform(args.platform.as_deref())?;
-    let config = paths::load_config(&args.places)?;
+    let mut config = paths::load_config(&args.places)?;
+    for text in &args.plugin {
+        config.plugin.push(PluginConfig::from_option(text).map_err(|e| Exit::usage(chain(&e)))?);
+        // Whoever names a file wants it, draft of the contract or not.
+        config.plugins.allow_unstable = true;
+    }
+    let targets = targets(&mut args)?;
     let data = paths::data_dir(&args.places)?;
     let environment = |name: &str| std::env::var(name).ok();
     let outputs = args.output.iter().map(|text| OutputSpec::parse(text));
     let outputs = outputs.collect::<Result<Vec<_>, _>>().map_err(|e| Exit::usage(chain(&e)))?;
     for spec in &outputs {
-        output::preflight(spec).map_err(|e| output_failed(&e))?;
+        output::preflight(spec).map_err(|e| client::output_failed(&e))?;
     }
     let stdout_taken = outputs.iter().any(OutputSpec::uses_stdout);
     let secrets = inputs::secrets(&args.secret, environment)?;
@@ -94,9 +106,43 @@ fn plan(mut args: BuildArgs) -> Result<Plan, Exit> {
         network: args.network.map_or(config.build.network, Into::into),
         timeout: args.timeout.unwrap_or(config.build.timeout),
         root_filesystem: outputs.iter().any(OutputSpec::wants_root_filesystem),
+        no_cache: args.no_cache,
     };
     let printer = Printer::new(args.progress, stdout_taken);
-    Ok(Plan { args, config, data, source, request, outputs, secrets, printer })
+    Ok(Plan { args, config, data, source, request, outputs, targets, secrets, printer })
+}
+
+/// Tags to publish to. A name without a registry names the image inside a `docker-archive:`.
+fn targets(args: &mut BuildArgs) -> Result<Vec<Target>, Exit> {
+    let mut targets = Vec::new();
+    for tag in std::mem::take(&mut args.tag) {
+        match tag.parse::<Target>() {
+            Ok(target) if targets.contains(&target) => {}
+            Ok(target) => targets.push(target),
+            Err(InvalidTarget::NoRegistry(name)) => name_archives(args, &name)?,
+            Err(error) => return Err(Exit::usage(format!("-t: {}", chain(&error)))),
+        }
+    }
+    Ok(targets)
+}
+
+fn name_archives(args: &mut BuildArgs, name: &str) -> Result<(), Exit> {
+    let unnamed =
+        |output: &&mut String| output.strip_prefix("docker-archive:").is_some_and(|file| !file.contains(':'));
+    let tag = if name.contains(':') { "" } else { ":latest" };
+    let mut named = 0;
+    for output in args.output.iter_mut().filter(unnamed) {
+        *output = format!("{output}:{name}{tag}");
+        named += 1;
+    }
+    if named > 0 {
+        return Ok(());
+    }
+    let message =
+        format!("-t {name} names no registry, and there is no image store on this machine to put it into");
+    Err(Exit::usage(message).with_hint(format!(
+        "write the host too (-t registry.example/{name}), or ask for a file (-o docker-archive:FILE -t {name})"
+    )))
 }
 
 /// Slots run what the node's own processor runs.
@@ -138,28 +184,20 @@ async fn execute(plan: Plan, mut stop: StopSignal) -> Result<u8, Exit> {
         _ = stop.stopped() => return Ok(CANCELLED),
     };
     let (events, receiver) = mpsc::channel(EVENT_BUFFER);
-    let Prepared { build, job, inputs } = prepared;
-    let layers = Some(layer_cache(&plan.args));
-    let order = executor::Order { build, job, request: plan.request.clone(), inputs, layers };
-    let signal = stop.clone();
-    let work = executor::run(Arc::clone(&agent), order, events, stop);
+    let Prepared { context, parts, hooks } = prepared;
+    let client = Arc::new(Client::new(Arc::clone(&agent), parts, stop.clone(), events));
+    let supplies: Arc<dyn kiln_agent::dispatch::Supplies> = Arc::clone(&client) as _;
+    let embedded = Embedded::start(Arc::clone(&agent), hooks, supplies, 1).await?;
     let printing = print(plan.printer, receiver);
-    let finished = work.await.map_err(|e| Exit::system(chain(&e)))?;
-    printed(printing, &finished, &mut signal.clone()).await;
-    // On a thread of its own, so that a signal can stop the writing.
-    let concluding = tokio::task::spawn_blocking(move || conclude(&plan, &agent, &finished, &signal, clock));
-    concluding.await.map_err(|e| Exit::system(format!("write the outputs: {e}")))?
-}
-
-/// All builds of one data directory trust each other, as far as cached content goes.
-fn layer_cache(args: &BuildArgs) -> LayerCache {
-    let key = LayerKey {
-        namespace: LOCAL.to_owned(),
-        repository: String::new(),
-        target: args.target.clone().unwrap_or_default(),
-        trust: LOCAL.to_owned(),
-    };
-    LayerCache { key, reuse: if args.no_cache { Reuse::Nothing } else { Reuse::Cached } }
+    let ended = session::follow(&plan, &embedded, &client, context, &mut stop).await;
+    embedded.end().await;
+    let seen = client.seen();
+    let refused = client.refused();
+    let stopped = ended.as_ref().is_ok_and(|build| was_stopped(build));
+    // The events end with the last who could send one.
+    drop(client);
+    printed(printing, stopped, &mut stop).await;
+    session::conclude(&plan, &agent, &ended?, seen, refused)
 }
 
 /// On a thread of its own: a terminal that does not read must not make us deaf to signals.
@@ -172,9 +210,9 @@ fn print(printer: Printer, mut events: mpsc::Receiver<Event>) -> JoinHandle<()> 
 }
 
 /// Waits until everything is shown; after a stop only for a moment.
-async fn printed(printing: JoinHandle<()>, finished: &Finished, stop: &mut StopSignal) {
+async fn printed(printing: JoinHandle<()>, stopped: bool, stop: &mut StopSignal) {
     let given_up = async {
-        if !was_stopped(finished) {
+        if !stopped {
             stop.stopped().await;
         }
         tokio::time::sleep(SHOW_AFTER_STOP).await;
@@ -206,15 +244,14 @@ impl Clock {
 }
 
 /// By a person or by its own time limit.
-fn was_stopped(finished: &Finished) -> bool {
-    let reason = finished.result.outcome.as_ref().err().map(|failure| failure.reason);
-    matches!(reason, Some(Reason::Timeout | Reason::Cancelled | Reason::ClientGone))
+fn was_stopped(build: &Build) -> bool {
+    matches!(build.reason, Some(Reason::Timeout | Reason::Cancelled | Reason::ClientGone))
 }
 
 struct Prepared {
-    build: BuildId,
-    job: Job,
-    inputs: BuildInputs,
+    context: ContextRef,
+    parts: ClientParts,
+    hooks: Option<Arc<HookHost>>,
 }
 
 async fn prepare(plan: &Plan, agent: &Agent, clock: &mut Clock) -> Result<Prepared, Exit> {
@@ -224,19 +261,24 @@ async fn prepare(plan: &Plan, agent: &Agent, clock: &mut Clock) -> Result<Prepar
         Err(error) => plan.printer.say(&format!("cannot clean up after a killed build: {}", chain(&error))),
     }
     keep_below_mark(plan, agent).await;
-    let state = &agent.state;
-    let opened = state.require_free(agent.config.data.min_free).and_then(|()| {
-        let build = BuildId::generate();
-        Ok((build, state.create_job(&build.to_string())?))
-    });
-    let (build, job) = opened.map_err(|e| Exit::system(chain(&e)).with_hint("run `kiln prune`"))?;
-    plan.printer.say(&format!("build {build}"));
+    let free = agent.state.require_free(agent.config.data.min_free);
+    free.map_err(|e| Exit::system(chain(&e)).with_hint("run `kiln prune`"))?;
+    let hooks = embedded::load_hooks(agent).await?;
     clock.lap(Phase::Start);
-    let archive = pack(plan, &job).await?;
+    let (archive, context) = pack(plan, agent).await?;
     clock.lap(Phase::Pack);
     let credentials = find_credentials(plan, agent).await?;
-    let inputs = BuildInputs { archive, secrets: plan.secrets.clone(), credentials };
-    Ok(Prepared { build, job, inputs })
+    let parts = ClientParts {
+        archive,
+        secrets: plan.secrets.clone(),
+        authfile: plan.args.authfile.clone(),
+        credentials,
+        outputs: plan.args.output.iter().cloned().zip(plan.outputs.iter().cloned()).collect(),
+        iidfile: plan.args.iidfile.clone(),
+        metadata_file: plan.args.metadata_file.clone(),
+        before: std::mem::take(&mut clock.phases),
+    };
+    Ok(Prepared { context, parts, hooks })
 }
 
 /// Bounds what earlier builds keep. A failure costs disk, not the build.
@@ -246,10 +288,10 @@ async fn keep_below_mark(plan: &Plan, agent: &Agent) {
     }
 }
 
-async fn pack(plan: &Plan, job: &Job) -> Result<File, Exit> {
+async fn pack(plan: &Plan, agent: &Agent) -> Result<(File, ContextRef), Exit> {
     let (context, dockerfile) = (plan.args.context.clone(), plan.source.path.clone());
-    let path = job.dir().join("context.tar");
-    let packing = tokio::task::spawn_blocking(move || pack_into(&path, &context, dockerfile.as_deref()));
+    let directory = agent.state.root().to_owned();
+    let packing = tokio::task::spawn_blocking(move || pack_into(&directory, &context, dockerfile.as_deref()));
     let (file, packed) = packing.await.map_err(|e| Exit::system(format!("pack the context: {e}")))??;
     let summary = format!("context {} ({} entries, {} bytes)", packed.digest, packed.entries, packed.bytes);
     plan.printer.say(&summary);
@@ -262,27 +304,28 @@ async fn pack(plan: &Plan, job: &Job) -> Result<File, Exit> {
             plan.printer.say(&format!("  {bytes:>12} {}", path.display()));
         }
     }
-    Ok(file)
+    Ok((file, ContextRef { digest: packed.digest, size: packed.bytes }))
 }
 
+/// Into a file without a name, so that a killed build leaves no context behind.
 fn pack_into(
-    path: &Path,
+    directory: &Path,
     context: &Path,
     dockerfile: Option<&Path>,
 ) -> Result<(File, context::Packed), Exit> {
     let ignore = context::load(context, dockerfile).map_err(|e| Exit::usage(chain(&e)))?;
-    let failed = |e: std::io::Error| Exit::system(format!("{}: {e}", path.display()));
-    let file = File::options().write(true).create_new(true).open(path).map_err(failed)?;
-    let mut out = std::io::BufWriter::with_capacity(256 * 1024, &file);
+    let failed =
+        |e: std::io::Error| Exit::system(format!("pack the context in {}: {e}", directory.display()));
+    let file = tempfile::NamedTempFile::with_prefix_in("context-", directory).map_err(failed)?;
+    let mut out = std::io::BufWriter::with_capacity(256 * 1024, file.as_file());
     let packed =
         context::pack(context, &ignore, &mut out).map_err(|e| Exit { code: 1, ..Exit::usage(chain(&e)) })?;
     out.flush().map_err(failed)?;
     drop(out);
-    drop(file);
-    // Only a descriptor that cannot write is used from here on, so a killed build leaves no context behind.
-    let file = File::open(path).map_err(failed)?;
-    std::fs::remove_file(path).map_err(failed)?;
-    Ok((file, packed))
+    // Only a descriptor that cannot write is used from here on.
+    let reopened = File::open(file.path()).map_err(failed)?;
+    file.close().map_err(failed)?;
+    Ok((reopened, packed))
 }
 
 /// Credential helpers run here, in the client, and only for registries that this build uses.
@@ -293,7 +336,7 @@ async fn find_credentials(plan: &Plan, agent: &Agent) -> Result<Credentials, Exi
     found.map_err(|e| Exit { code: UNAUTHORIZED, ..Exit::usage(chain(&e)) })
 }
 
-/// `host/repository` of every place that the build may pull from. What is wrong with the Dockerfile, the
+/// `host/repository` of every place that the build may pull from or push to. What is wrong with the Dockerfile, the
 /// build itself will say.
 fn registry_names(plan: &Plan, agent: &Agent) -> Vec<String> {
     let input = executor::build_input(&plan.request, agent.buildah);
@@ -301,105 +344,6 @@ fn registry_names(plan: &Plan, agent: &Agent) -> Vec<String> {
     let Ok(config) = RegistryConfig::new(agent.config.registry.clone()) else { return Vec::new() };
     let references = references.unwrap_or_default();
     let endpoints = references.iter().filter_map(|base| config.endpoints(&base.reference).ok());
-    endpoints.flatten().map(|endpoint| endpoint.credential_key()).collect()
-}
-
-fn conclude(
-    plan: &Plan,
-    agent: &Agent,
-    finished: &Finished,
-    stop: &StopSignal,
-    mut clock: Clock,
-) -> Result<u8, Exit> {
-    clock.phases.extend(&finished.result.phases);
-    clock.began = Instant::now();
-    let should_stop = || stop.current().is_some();
-    match (&finished.result.outcome, &finished.image) {
-        (Ok(image), Some(sealed)) => {
-            let written = write_outputs(plan, agent, finished, sealed, &should_stop)?;
-            clock.lap(Phase::Output);
-            write_metadata(plan, finished, sealed, &clock.phases)?;
-            plan.printer.success(image, &finished.result, &written);
-            Ok(0)
-        }
-        (Err(failure), _) => Ok(failed(plan, agent, finished, failure)),
-        (Ok(_), None) => Err(Exit::system("the build succeeded without an image")),
-    }
-}
-
-fn failed(plan: &Plan, agent: &Agent, finished: &Finished, failure: &Failure) -> u8 {
-    let log = agent.state.log_path(finished.result.build_id);
-    progress::failure(failure, finished, &plan.request.dockerfile_name, &log);
-    failure.reason.exit_code()
-}
-
-fn write_outputs(
-    plan: &Plan,
-    agent: &Agent,
-    finished: &Finished,
-    sealed: &Sealed,
-    should_stop: &(dyn Fn() -> bool + Sync),
-) -> Result<Vec<String>, Exit> {
-    let writer = output::Writer { blobs: &finished.blobs, should_stop };
-    for spec in &plan.outputs {
-        write_output(agent, finished, sealed, &writer, spec).map_err(|e| output_failed(&e))?;
-    }
-    Ok(plan.args.output.clone())
-}
-
-fn write_metadata(
-    plan: &Plan,
-    finished: &Finished,
-    sealed: &Sealed,
-    phases: &[PhaseDuration],
-) -> Result<(), Exit> {
-    if let Some(path) = &plan.args.iidfile {
-        output::write_text(path, &output::image_id(&sealed.image.config_digest))
-            .map_err(|e| output_failed(&e))?;
-    }
-    if let Some(path) = &plan.args.metadata_file {
-        let mut metadata = output::metadata(&finished.result.build_id, Some(sealed), phases);
-        metadata["kiln.log"] = serde_json::json!(finished.result.log);
-        metadata["kiln.cache"] = serde_json::json!(finished.result.steps);
-        output::write_text(path, &format!("{metadata:#}\n")).map_err(|e| output_failed(&e))?;
-    }
-    Ok(())
-}
-
-fn output_failed(error: &output::OutputError) -> Exit {
-    Exit { code: error.reason().exit_code(), message: chain(error), hint: None }
-}
-
-fn write_output(
-    agent: &Agent,
-    finished: &Finished,
-    sealed: &Sealed,
-    writer: &output::Writer<'_>,
-    spec: &OutputSpec,
-) -> Result<(), output::OutputError> {
-    let mut stdout = std::io::stdout().lock();
-    match (spec, &finished.root_filesystem) {
-        (OutputSpec::Image(target), _) => writer.image(target, sealed, &mut stdout),
-        (OutputSpec::Files(target), Some((digest, size))) => {
-            writer.files(target, (digest, *size), &mut stdout, &mut |archive, directory| {
-                unpack_result(agent, archive, directory)
-            })
-        }
-        // Asked for by the request, so a finished build has it.
-        (OutputSpec::Files(_), None) => Ok(()),
-    }
-}
-
-/// The result is as untrusted as a context, and gets the same guard.
-fn unpack_result(
-    agent: &Agent,
-    archive: File,
-    directory: BorrowedFd<'_>,
-) -> Result<(), output::UnpackFailure> {
-    let disk = agent.config.build.limits.disk;
-    let limits = Limits { max_packed_bytes: disk, max_unpacked_bytes: disk, ..agent.config.context.clone() };
-    let unpacked = unpack::unpack(archive, directory, unpack::Modes::Owned, &limits);
-    unpacked
-        .map(drop)
-        .map_err(|e| output::UnpackFailure { reason: Reason::LimitExceeded, source: Box::new(e) })
+    let pulled = endpoints.flatten().map(|endpoint| endpoint.credential_key());
+    pulled.chain(plan.targets.iter().map(Target::name)).collect()
 }

@@ -34,7 +34,7 @@ const DOCKER_HUB: &str = "docker.io";
 const TOKEN_USER: &str = "<token>";
 
 /// Reads a variable of the environment.
-pub(crate) type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+pub(crate) type Environment<'a> = &'a (dyn Fn(&str) -> Option<OsString> + Sync);
 
 /// Why credentials could not be read. A missing credential is not an error.
 #[derive(Debug, thiserror::Error)]

@@ -8,6 +8,7 @@ mod context;
 mod credentials;
 mod dockerfile;
 mod doctor;
+mod embedded;
 mod inputs;
 mod paths;
 mod progress;

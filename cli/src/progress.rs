@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal as _;
 
-use kiln_agent::executor::{Event, Finished};
+use kiln_agent::executor::Event;
 use kiln_agent::logs::display::Colours;
 use kiln_protocol::reason::EndState;
 use kiln_protocol::result::{BuildResult, Failure, SealedImage};
@@ -65,13 +65,13 @@ impl Printer {
             terminal::say(&format!("wrote {target}"));
         }
         if written.is_empty() {
-            terminal::say("no output was asked for (-o): the image was built and discarded");
+            terminal::say("no target was asked for (-t or -o): the image was built and discarded");
         }
     }
 }
 
 /// The end of a build that did not succeed, for the person who has to mend it.
-pub(crate) fn failure(failure: &Failure, finished: &Finished, dockerfile: &str, log: &std::path::Path) {
+pub(crate) fn failure(failure: &Failure, last_lines: &[String], dockerfile: &str, log: &std::path::Path) {
     let cancelled = failure.reason.end_state() == EndState::Cancelled;
     let ended = if cancelled { "stopped" } else { "failed" };
     terminal::say(&format!("build {ended} in phase {} ({})", failure.phase.label(), failure.reason));
@@ -79,9 +79,9 @@ pub(crate) fn failure(failure: &Failure, finished: &Finished, dockerfile: &str, 
         terminal::say(&format!("  {dockerfile}:{}: {}", location.line, location.text));
     }
     terminal::say(&format!("  {}", failure.message));
-    if !cancelled && !finished.last_lines.is_empty() {
+    if !cancelled && !last_lines.is_empty() {
         terminal::say("last lines of the log:");
-        for line in &finished.last_lines {
+        for line in last_lines {
             terminal::say(&format!("  | {line}"));
         }
     }

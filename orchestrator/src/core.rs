@@ -65,6 +65,12 @@ impl Orchestrator {
         &self.store
     }
 
+    /// Returns when a build changed, at the latest after this long. What changes from the moment of the call counts.
+    pub fn changed(&self, at_most: std::time::Duration) -> impl Future<Output = ()> + '_ {
+        let woken = self.wake.notified();
+        async move { drop(tokio::time::timeout(at_most, woken).await) }
+    }
+
     pub(crate) fn fresh_token(&self) -> LeaseToken {
         self.entropy.lease_token()
     }

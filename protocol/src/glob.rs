@@ -11,7 +11,8 @@ const MAX_COMPILED_BYTES: usize = 1 << 20;
 #[derive(Debug, Clone)]
 pub struct Glob {
     text: String,
-    regex: Regex,
+    /// None matches everything.
+    regex: Option<Regex>,
 }
 
 /// The text is not a glob.
@@ -36,12 +37,17 @@ impl Glob {
             return Err(too_long);
         }
         let built = RegexBuilder::new(&pattern(text)).size_limit(MAX_COMPILED_BYTES).build();
-        Ok(Self { text: text.to_owned(), regex: built.map_err(|_| too_long)? })
+        Ok(Self { text: text.to_owned(), regex: Some(built.map_err(|_| too_long)?) })
+    }
+
+    /// `**`.
+    pub fn everything() -> Self {
+        Self { text: "**".to_owned(), regex: None }
     }
 
     /// Whether the whole of `path` matches.
     pub fn matches(&self, path: &str) -> bool {
-        self.regex.is_match(path)
+        self.regex.as_ref().is_none_or(|regex| regex.is_match(path))
     }
 
     /// Whether a repository matches, with the host of its registry or without it.

@@ -174,9 +174,14 @@ impl Lab {
         Kiln::new(subcommand, &self.data(), &self.path("kiln.toml"), &self.path("home"))
     }
 
-    /// `kiln build` of the Dockerfile and the context, without an output yet.
+    /// `kiln build` of the Dockerfile and the context, without an output yet. Tried once: a test that wants to see
+    /// a failure does not wait for three more.
     pub fn build(&self) -> Kiln {
-        self.kiln("build").arg("--file").arg(self.path("Dockerfile")).arg(self.context.path())
+        self.kiln("build")
+            .arg("--attempts=1")
+            .arg("--file")
+            .arg(self.path("Dockerfile"))
+            .arg(self.context.path())
     }
 
     /// `kiln build` into [`Lab::archive`].

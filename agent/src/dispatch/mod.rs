@@ -399,7 +399,10 @@ fn hand_back(ctx: &Context, grant: &BuildGrant) {
 /// Moves the tags of a build whose first holder is lost.
 async fn publish_only(ctx: &Context, grant: &PublishGrant, stop: stop::StopSignal) {
     let reporter = ctx.spool.reporter(grant.lease);
-    let credentials = ctx.supplies.push_credentials(grant.lease.build, &grant.credentials).await;
+    let credentials = ctx
+        .supplies
+        .push_credentials(grant.lease.build, &grant.credentials, publish::names(&grant.open))
+        .await;
     match credentials.and_then(|credentials| Pusher::new(ctx, credentials)) {
         Ok(pusher) => {
             let tags = Tags { lease: grant.lease, committed: &grant.committed, open: &grant.open };
@@ -418,7 +421,8 @@ async fn publish_only(ctx: &Context, grant: &PublishGrant, stop: stop::StopSigna
 }
 
 async fn check_tag(ctx: &Context, check: &TagCheck) {
-    let credentials = ctx.supplies.push_credentials(check.build, &check.credentials).await;
+    let credentials =
+        ctx.supplies.push_credentials(check.build, &check.credentials, vec![check.target.name()]).await;
     let checked = match credentials.and_then(|credentials| Pusher::new(ctx, credentials)) {
         Ok(pusher) => pusher.check(ctx, check).await,
         Err(failure) => Err(failure.message),

@@ -186,8 +186,12 @@ fn candidate_of(committed: &Committed) -> Candidate {
 }
 
 fn repositories(targets: &[Target]) -> Result<Vec<Reference>, Failure> {
-    let names: BTreeSet<String> = targets.iter().map(Target::name).collect();
-    names.iter().map(|name| parse(name)).collect()
+    names(targets).iter().map(|name| parse(name)).collect()
+}
+
+/// `registry/repository` of each, once.
+pub(super) fn names(targets: &[Target]) -> Vec<String> {
+    targets.iter().map(Target::name).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 fn reference(target: &Target) -> Result<Reference, Failure> {

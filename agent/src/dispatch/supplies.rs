@@ -17,11 +17,12 @@ pub trait Supplies: std::fmt::Debug + Send + Sync {
     /// The context, the secrets and the credentials for pulling.
     fn inputs<'a>(&'a self, grant: &'a BuildGrant) -> BoxFuture<'a, Result<BuildInputs, Failure>>;
 
-    /// Credentials for pushing, asked for whenever something is about to be pushed.
+    /// Credentials for pushing to these, `host/repository`, asked for whenever something is about to be pushed.
     fn push_credentials<'a>(
         &'a self,
         build: BuildId,
         source: &'a SecretSource,
+        repositories: Vec<String>,
     ) -> BoxFuture<'a, Result<Credentials, Failure>>;
 
     /// Who watches a build.

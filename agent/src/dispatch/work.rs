@@ -12,7 +12,7 @@ use kiln_protocol::{Reason, Target};
 use tokio::sync::mpsc;
 
 use super::Context;
-use super::publish::{Pusher, Tags, failure, leaving};
+use super::publish::{Pusher, Tags, failure, leaving, names};
 use super::spool::Reporter;
 use super::supplies::Ended;
 use crate::error::chain;
@@ -101,7 +101,7 @@ impl Work {
 
     async fn pusher(&self) -> Result<Pusher, Failure> {
         let (build, source) = (self.grant.lease.build, &self.grant.spec.credentials);
-        let credentials = self.ctx.supplies.push_credentials(build, source).await?;
+        let credentials = self.ctx.supplies.push_credentials(build, source, names(&self.targets)).await?;
         Pusher::new(&self.ctx, credentials)
     }
 

@@ -9,9 +9,9 @@ use super::bindings::types::{Descriptor, Entry, Fault, FileEntry, Page};
 use super::bindings::{
     BaseImageHandle, BlobHandle, BuildHandle, ImageHandle, InstructionHandle, input, types,
 };
-use kiln_protocol::glob::Glob;
 use super::state::{CallState, Ended};
 use super::view::{BuildArg, BuildView, ImageView, InstructionView};
+use kiln_protocol::glob::Glob;
 
 /// Entries of one page of a list.
 const MAX_PAGE: u32 = 1000;

@@ -14,9 +14,9 @@ use super::cache::Cache;
 use super::config::{Mode, OnFailure, PluginConfig, PluginsConfig};
 use super::engine::Machine;
 use super::error::LoadCause;
-use kiln_protocol::glob::Glob;
 use super::state::{CallState, Terms};
 use crate::blobs::digest_of;
+use kiln_protocol::glob::Glob;
 
 /// Larger than an interpreter with its library.
 const MAX_WASM_BYTES: u64 = 64 << 20;

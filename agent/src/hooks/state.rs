@@ -9,8 +9,8 @@ use wasmtime::component::ResourceTable;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 
 use super::config::Limits;
-use kiln_protocol::glob::Glob;
 use crate::stop::StopSignal;
+use kiln_protocol::glob::Glob;
 
 /// Resources that a guest may hold: each instruction of the longest Dockerfile three times.
 const MAX_HANDLES: usize = 32 * 1024;

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use kiln_protocol::{BuildId, Digest};
 
-use kiln_protocol::glob::Glob;
 use crate::blobs::{BlobError, BlobStore};
 use crate::dockerfile::Dockerfile;
 use crate::seal::Sealed;
 use crate::unpack::{self, Kind, UnpackError};
+use kiln_protocol::glob::Glob;
 
 /// Bytes kept of one file that a plugin may read.
 const MAX_FILE_BYTES: u64 = 1 << 20;

@@ -326,6 +326,7 @@ pub(crate) fn spec(targets: &[&str]) -> BuildSpec {
             network: NetworkMode::Isolated,
             timeout: Duration::from_hours(1),
             root_filesystem: false,
+            no_cache: false,
         },
         context: ContextRef { digest: digest(0), size: 1024 },
         destinations: targets.iter().map(|text| Destination::Image(text.parse().unwrap())).collect(),
