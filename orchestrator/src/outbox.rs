@@ -1,12 +1,13 @@
 //! From the record to the bus (shell).
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
 use kiln_protocol::envelope::{Message as _, encode};
 use kiln_protocol::id::{MessageId, Pool};
 use kiln_protocol::message::Hint;
-use kiln_protocol::topology;
+use kiln_protocol::{BuildId, topology};
 use kiln_transport::{Bus, Message, Published};
 
 use crate::build::Micros;
@@ -77,14 +78,14 @@ impl Orchestrator {
         let order =
             schedule::order(&situation.waiting, &situation.running, &situation.agents, limits, situation.now);
         let mut hinted = 0;
-        for pool in pools(&situation.waiting) {
+        let pool_of: BTreeMap<BuildId, &Pool> = situation.waiting.iter().map(|w| (w.id, &w.pool)).collect();
+        for pool in pool_of.values().copied().collect::<BTreeSet<_>>() {
             let due = order.iter().filter(|(id, wait)| {
-                matches!(wait, Wait::Next | Wait::Busy { .. })
-                    && situation.waiting.iter().any(|w| w.id == *id && w.pool == pool)
+                matches!(wait, Wait::Next | Wait::Busy { .. }) && pool_of.get(id) == Some(&pool)
             });
             let free: usize =
-                situation.agents.iter().filter(|a| a.pools.contains(&pool)).map(|a| a.free as usize).sum();
-            let queue = topology::requests(&pool);
+                situation.agents.iter().filter(|a| a.pools.contains(pool)).map(|a| a.free as usize).sum();
+            let queue = topology::requests(pool);
             let Ok(ready) = bus.queue_depth(&queue).await else { continue };
             let ready = usize::try_from(ready).unwrap_or(usize::MAX);
             let wanted = (free + AHEAD).saturating_sub(ready);
@@ -100,10 +101,6 @@ impl Orchestrator {
         }
         Ok(hinted)
     }
-}
-
-fn pools(waiting: &[schedule::Waiting]) -> std::collections::BTreeSet<Pool> {
-    waiting.iter().map(|waiting| waiting.pool.clone()).collect()
 }
 
 /// What a message waits for that a queue refused.

@@ -8,6 +8,7 @@ mod attempts;
 mod builds;
 mod clock;
 mod heads;
+mod lock;
 mod outbox;
 mod retention;
 mod streams;
@@ -99,6 +100,7 @@ impl Store {
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(BUSY_TIMEOUT)
             .foreign_keys(true);
+        let _alone = lock::lock(path).await.map_err(|e| failed(sqlx::Error::Io(e)))?;
         let pool = |size| SqlitePoolOptions::new().max_connections(size).acquire_timeout(ACQUIRE_TIMEOUT);
         // SQLite has one writer: waiting for it in the pool is fairer than in the file.
         let writer = pool(1).connect_with(options.clone()).await.map_err(failed)?;

@@ -47,9 +47,10 @@ const BUILD: &str = "DELETE FROM builds WHERE id = $1";
 const EVENTS: &str = "DELETE FROM events WHERE build = $1";
 const ATTEMPTS: &str = "DELETE FROM attempts WHERE build = $1";
 /// A head stays while its build does, while its tag is watched, and while an older build might still commit.
-const HEADS: &str = "DELETE FROM tag_heads WHERE target IN (SELECT target FROM tag_heads WHERE build = $1 \
-    AND recheck_at IS NULL AND submit_seq < (SELECT COALESCE(MIN(submit_seq), tag_heads.submit_seq + 1) \
-    FROM builds WHERE state IN ('PENDING', 'BUILDING', 'PUSHING', 'DEAD_LETTER')))";
+const HEADS: &str = "DELETE FROM tag_heads WHERE target IN (SELECT target FROM tag_heads AS h \
+    WHERE recheck_at IS NULL AND NOT EXISTS (SELECT 1 FROM builds WHERE builds.id = h.build) \
+    AND NOT (submit_seq > (SELECT COALESCE(MIN(submit_seq), 9223372036854775807) FROM builds \
+    WHERE state IN ('PENDING', 'BUILDING', 'PUSHING', 'DEAD_LETTER'))) LIMIT $1)";
 const HISTORY: &str = "DELETE FROM tag_history WHERE (target, digest, build) IN \
     (SELECT target, digest, build FROM tag_history AS h WHERE at < $1 AND NOT EXISTS \
     (SELECT 1 FROM tag_heads WHERE tag_heads.target = h.target AND tag_heads.recheck_at IS NOT NULL) \
@@ -79,6 +80,7 @@ impl Tx {
             let query = sqlx::query(statement).bind(before).bind(i64::from(most)).bind(limit);
             gone += query.execute(&mut *self.inner).await?.rows_affected();
         }
+        gone += sqlx::query(HEADS).bind(limit).execute(&mut *self.inner).await?.rows_affected();
         // A tag is watched for a month after the last writer was lost, and what writers put there must be known.
         let twice = self.now.saturating_sub(keep.saturating_mul(2));
         for (statement, before) in [(HISTORY, twice), (AGENTS, before), (BOOTS, before)] {
@@ -95,7 +97,7 @@ impl Tx {
         let rows = sqlx::query(OLD_BUILDS).bind(before).bind(limit).fetch_all(&mut *self.inner).await?;
         for row in &rows {
             let id = BuildId::from_uuid(row.try_get("id")?);
-            for statement in [EVENTS, ATTEMPTS, HEADS, BUILD] {
+            for statement in [EVENTS, ATTEMPTS, BUILD] {
                 sqlx::query(statement).bind(id.as_uuid()).execute(&mut *self.inner).await?;
             }
         }

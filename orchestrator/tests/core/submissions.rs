@@ -1,5 +1,6 @@
 //! What is accepted, and what of it everybody hears.
 
+use kiln_orchestrator::store::{Clock, Store};
 use kiln_orchestrator::submit::{Submission, SubmitError};
 use kiln_protocol::{BuildSpec, State};
 
@@ -73,4 +74,20 @@ async fn only_what_is_over_can_be_submitted_again() {
     let build = world.show(again.id).await;
     assert_eq!((build.retry_of, build.state), (Some(id), State::Pending));
     assert!(build.submit_seq > world.show(id).await.submit_seq);
+}
+
+#[tokio::test]
+async fn processes_that_open_a_fresh_database_at_once_all_can() {
+    for _ in 0..5 {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kiln.db");
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let path = path.clone();
+            tasks.spawn(async move { Store::open(&path, Clock::System).await });
+        }
+        for opened in tasks.join_all().await {
+            opened.unwrap().close().await;
+        }
+    }
 }
