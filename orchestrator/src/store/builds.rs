@@ -85,14 +85,15 @@ const NEWEST: &str = "SELECT document, spec FROM builds ORDER BY submit_seq DESC
 const TO_PUBLISH: &str = "SELECT document, spec FROM builds WHERE state = 'PUSHING' AND committed \
     AND pool = $1 AND lease_until IS NULL AND (not_before <= $2 OR not_before > $3) ORDER BY submit_seq LIMIT 1";
 const RUNNING: &str = "SELECT namespace, concurrency_group FROM builds WHERE state = 'BUILDING' OR (state = 'PUSHING' AND NOT committed)";
-const LINES: &str = "WITH RECURSIVE lines (pool, namespace) AS ( \
-    SELECT * FROM (SELECT pool, namespace FROM builds WHERE state = 'PENDING' ORDER BY pool, namespace LIMIT 1) AS first \
-    UNION ALL SELECT (SELECT pool FROM builds AS b WHERE b.state = 'PENDING' \
-        AND (b.pool, b.namespace) > (lines.pool, lines.namespace) ORDER BY b.pool, b.namespace LIMIT 1), \
-    (SELECT namespace FROM builds AS b WHERE b.state = 'PENDING' \
-        AND (b.pool, b.namespace) > (lines.pool, lines.namespace) ORDER BY b.pool, b.namespace LIMIT 1) \
-    FROM lines WHERE lines.pool IS NOT NULL) \
-    SELECT pool, namespace FROM lines WHERE pool IS NOT NULL";
+// Each step is one seek in an index: DISTINCT would read every waiting build.
+const POOLS: &str = "WITH RECURSIVE pools (pool) AS (SELECT MIN(pool) FROM builds WHERE state = 'PENDING' \
+    UNION ALL SELECT (SELECT MIN(b.pool) FROM builds AS b WHERE b.state = 'PENDING' AND b.pool > pools.pool) \
+    FROM pools WHERE pool IS NOT NULL) SELECT pool FROM pools WHERE pool IS NOT NULL";
+const NAMESPACES: &str = "WITH RECURSIVE names (namespace) AS ( \
+    SELECT MIN(namespace) FROM builds WHERE state = 'PENDING' AND pool = $1 \
+    UNION ALL SELECT (SELECT MIN(b.namespace) FROM builds AS b WHERE b.state = 'PENDING' AND b.pool = $1 \
+    AND b.namespace > names.namespace) FROM names WHERE namespace IS NOT NULL) \
+    SELECT namespace FROM names WHERE namespace IS NOT NULL";
 const WAITING: &str = "SELECT id, submit_seq, namespace, pool, priority, concurrency_group, repositories, \
     not_before, avoid FROM builds WHERE state = 'PENDING' AND pool = $1 AND namespace = $2 \
     AND (not_before <= $3 OR not_before > $4) ORDER BY priority DESC, submit_seq LIMIT $5";
@@ -103,7 +104,7 @@ const HOLDERS: &str =
 const COUNTS: &str = "SELECT state, COUNT(*) AS builds FROM builds GROUP BY state";
 pub(super) const STATEMENTS: &[&str] = &[
     INSERT, BY_KEY, NEXT_SEQ, SAVE, EXISTS, LOAD, BY_CLAIM, LEASED_BY, IN_STATE, IN_POOL, NEWEST, TO_PUBLISH,
-    RUNNING, LINES, WAITING, DUE, FAR_LEASES, HOLDERS, COUNTS,
+    RUNNING, POOLS, NAMESPACES, WAITING, DUE, FAR_LEASES, HOLDERS, COUNTS,
 ];
 
 impl Tx {
@@ -269,12 +270,16 @@ impl Tx {
 
     /// Pools and namespaces that have waiting builds: each is a line of its own.
     pub async fn lines(&mut self) -> Result<Vec<Line>, StoreError> {
-        let rows = sqlx::query(LINES).fetch_all(&mut *self.inner).await?;
-        let line = |row: &SqliteRow| {
-            let pool = parse("pool", row.try_get("pool")?)?;
-            Ok(Line { pool, namespace: parse("namespace", row.try_get("namespace")?)? })
-        };
-        rows.iter().map(line).collect()
+        let mut lines = Vec::new();
+        for row in sqlx::query(POOLS).fetch_all(&mut *self.inner).await? {
+            let pool: Pool = parse("pool", row.try_get("pool")?)?;
+            let rows = sqlx::query(NAMESPACES).bind(pool.as_str()).fetch_all(&mut *self.inner).await?;
+            for row in rows {
+                let namespace = parse("namespace", row.try_get("namespace")?)?;
+                lines.push(Line { pool: pool.clone(), namespace });
+            }
+        }
+        Ok(lines)
     }
 
     /// The first waiting builds of a line, each with the repositories that it publishes to.
