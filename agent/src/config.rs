@@ -116,6 +116,12 @@ pub struct LogConfig {
 }
 
 const MIB: u64 = 1024 * 1024;
+/// buildah copies its own program for every RUN: 20 MiB in Debian 12, twice that in current versions.
+const MIN_FILE_SIZE: u64 = 64 * MIB;
+/// buildah itself takes half of it.
+const MIN_MEMORY: u64 = 64 * MIB;
+/// A hundredth is the least that the kernel grants; no machine has more than the most.
+const CPUS: std::ops::RangeInclusive<f64> = 0.01..=65_536.0;
 const GIB: u64 = 1024 * MIB;
 
 impl Default for BuildConfig {
@@ -228,7 +234,7 @@ fn check(path: &Path, config: &Config) -> Result<(), ConfigError> {
         ("build.limits.pids", config.build.limits.pids, 64),
         ("build.limits.open_files", config.build.limits.open_files, 256),
         ("build.limits.disk", config.build.limits.disk, 64 * MIB),
-        ("build.limits.file_size", config.build.limits.file_size, MIB),
+        ("build.limits.file_size", config.build.limits.file_size, MIN_FILE_SIZE),
         ("logs.max_bytes", config.logs.max_bytes, 64 * 1024),
     ];
     for (key, is, least) in minimum {
@@ -238,6 +244,13 @@ fn check(path: &Path, config: &Config) -> Result<(), ConfigError> {
     }
     crate::registry::RegistryConfig::new(config.registry.clone())
         .map_err(|e| value("registry", crate::error::chain(&e)))?;
+    if let Some(bytes) = config.build.limits.memory.filter(|bytes| *bytes < MIN_MEMORY) {
+        return Err(value("build.limits.memory", format!("{bytes} is too small; at least {MIN_MEMORY}")));
+    }
+    if let Some(cpus) = config.build.limits.cpus.filter(|cpus| !CPUS.contains(cpus)) {
+        let reason = format!("{cpus} is not between {} and {}", CPUS.start(), CPUS.end());
+        return Err(value("build.limits.cpus", reason));
+    }
     if config.build.timeout.is_zero() {
         return Err(value("build.timeout", "must be longer than 0s".to_owned()));
     }
@@ -373,6 +386,13 @@ mod tests {
             ("[build]\nmemory = 1\n", ":2: unknown field `memory`"),
             ("[build]\ntimeout = \"soon\"\n", "`soon` is not a duration"),
             ("[build.limits]\npids = 3\n", "build.limits.pids: 3 is too small; at least 64"),
+            (
+                "[build.limits]\nfile_size = \"63MiB\"\n",
+                "build.limits.file_size: 66060288 is too small; at least 67108864",
+            ),
+            ("[build.limits]\nmemory = \"1MiB\"\n", "build.limits.memory: 1048576 is too small; at least"),
+            ("[build.limits]\ncpus = 0.0\n", "build.limits.cpus: 0 is not between 0.01 and 65536"),
+            ("[build.limits]\ncpus = nan\n", "build.limits.cpus: NaN is not between"),
             ("[build.limits]\npids = -1\n", ":2: invalid value"),
             ("[build.limits]\ndisk = \"20 parsecs\"\n", "is not a size"),
             ("[network]\nallow = [\"10.0.0.0/33\"]\n", "is not a network"),
