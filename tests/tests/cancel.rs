@@ -71,15 +71,24 @@ fn build(lab: &Lab, data: &Path, out: &Path) -> Kiln {
     kiln.arg(format!("--output=docker-archive:{}", out.display())).arg(lab.context.path())
 }
 
-/// Starts a build and cancels it after `delay`; it either ended before or is cancelled.
-fn cancel_after(lab: &Lab, data: &Path, delay: Duration) -> Outcome {
-    let out = lab.path("cancelled.tar");
-    let _ = std::fs::remove_file(&out);
-    let build = build(lab, data, &out).start();
+/// Every second build runs every step; the others find most of them in the cache.
+fn flags(round: u64) -> &'static [&'static str] {
+    if round.is_multiple_of(2) { &["--no-cache"] } else { &[] }
+}
+
+fn wait(delay: Duration) {
     let deadline = Instant::now() + delay;
     while let Some(left) = deadline.checked_duration_since(Instant::now()) {
         std::thread::park_timeout(left);
     }
+}
+
+/// Starts a build and cancels it after `delay`; it either ended before or is cancelled.
+fn cancel_after(lab: &Lab, data: &Path, flags: &[&str], delay: Duration) -> Outcome {
+    let out = lab.path("cancelled.tar");
+    let _ = std::fs::remove_file(&out);
+    let build = build(lab, data, &out).args(flags).start();
+    wait(delay);
     let outcome = build.stop(Signal::SIGTERM);
     leftovers::assert_none(data, CLEAN);
     // 143: the signal came before the first line of our code.
@@ -94,16 +103,56 @@ fn with_everything_fetched() {
     let (data, out) = (lab.data(), lab.path("image.tar"));
     let _ = build(&lab, &data, &out).run().expect_code(0);
     let first = Image::docker_archive(&out);
-    let warm = build(&lab, &data, &out).run().expect_code(0).elapsed;
+    let warm = [0, 1].map(|round| build(&lab, &data, &out).args(flags(round)).run().expect_code(0).elapsed);
     let stores = || Tree::of(&data.join("store/base"));
     let before = stores();
     let mut random = Random(number("KILN_SEED", DEFAULT_SEED));
-    for _ in 0..number("KILN_CANCELS", DEFAULT_CANCELS) / 2 {
-        let _ = cancel_after(&lab, &data, random.below(warm));
+    for round in 0..number("KILN_CANCELS", DEFAULT_CANCELS) / 2 {
+        let length = warm[usize::from(round % 2 == 1)];
+        let _ = cancel_after(&lab, &data, flags(round), random.below(length));
         before.assert_same(&stores());
+        assert_no_half_layers(&data);
     }
     let _ = build(&lab, &data, &out).run().expect_code(0);
     assert_eq!(Image::docker_archive(&out).diff_ids(), first.diff_ids());
+}
+
+/// Every generation that a layer cache names is there.
+fn assert_no_half_layers(data: &Path) {
+    let heads = std::fs::read_dir(data.join("layers")).into_iter().flatten().flatten();
+    for head in heads.map(|e| e.path()).filter(|path| path.extension().is_some_and(|e| e == "json")) {
+        let text = std::fs::read(&head).unwrap();
+        let value: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        for generation in value["chain"].as_array().unwrap() {
+            let name = generation["name"].as_str().unwrap();
+            assert!(data.join("store/layers").join(name).is_dir(), "{} names {name}", head.display());
+        }
+    }
+}
+
+/// Most instants are late: between the build, the export in a slot made afresh, and what is kept of both.
+#[test]
+fn with_an_agent_that_is_killed() {
+    let lab = lab();
+    let (data, out) = (lab.data(), lab.path("image.tar"));
+    let _ = build(&lab, &data, &out).run().expect_code(0);
+    let first = Image::docker_archive(&out);
+    let warm = [0, 1].map(|round| build(&lab, &data, &out).args(flags(round)).run().expect_code(0).elapsed);
+    let before = Tree::of(&data.join("store/base"));
+    let mut random = Random(number("KILN_SEED", DEFAULT_SEED) ^ 1);
+    for round in 0..number("KILN_CANCELS", DEFAULT_CANCELS) / 2 {
+        let length = warm[usize::from(round % 2 == 1)];
+        let delay = length.mul_f64(0.4) + random.below(length.mul_f64(0.6));
+        let killed = build(&lab, &data, &lab.path("killed.tar")).args(flags(round)).start();
+        wait(delay);
+        let _ = killed.stop(Signal::SIGKILL);
+        leftovers::assert_none_live(&data, CLEAN);
+        before.assert_same(&Tree::of(&data.join("store/base")));
+        assert_no_half_layers(&data);
+        let _ = build(&lab, &data, &out).run().expect_code(0);
+        leftovers::assert_none(&data, CLEAN);
+        assert_eq!(Image::docker_archive(&out).diff_ids(), first.diff_ids(), "after {delay:?}");
+    }
 }
 
 #[test]
@@ -115,7 +164,7 @@ fn with_nothing_fetched() {
     let mut random = Random(number("KILN_SEED", DEFAULT_SEED) ^ u64::MAX);
     let data = lab.data();
     for round in 0..number("KILN_CANCELS", DEFAULT_CANCELS) / 2 {
-        let outcome = cancel_after(&lab, &data, random.below(cold.mul_f64(0.6)));
+        let outcome = cancel_after(&lab, &data, &[], random.below(cold.mul_f64(0.6)));
         let stores = std::fs::read_dir(data.join("store/base")).map_or(0, Iterator::count);
         let records = std::fs::read_dir(data.join("bases")).into_iter().flatten().flatten();
         let records = records.filter(|e| e.path().extension().is_some_and(|e| e == "json")).count();

@@ -231,7 +231,8 @@ impl Exporting {
              RUN dd if=/dev/zero of=/large bs=1M count=32; /leave {mark}; echo under-way; sleep 2\n"
         ));
         let found = (0..ATTEMPTS).find_map(|_| {
-            let build = lab.build_archive().start();
+            // A cached RUN would leave nothing.
+            let build = lab.build_archive().arg("--no-cache").start();
             stopped_in_export(&build).map(|found| (build, found))
         });
         let Some((build, (before, now, namespaces))) = found else { panic!("the export was never seen") };
