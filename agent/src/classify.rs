@@ -31,6 +31,9 @@ const SIGNAL_BASE: i32 = 128;
 /// SIGKILL, which nobody inside sent if the kernel ran out of memory.
 const KILL_SIGNAL: i32 = 9;
 
+/// A slot has 65,536 ids.
+const LAST_ID: u32 = 65_535;
+
 struct Rule {
     pattern: &'static str,
     reason: Reason,
@@ -61,6 +64,12 @@ const RULES: &[Rule] = &[
         pattern: r"(?m)(?:^|: )(?:signal: file size limit exceeded|file too large)$",
         reason: Reason::LimitExceeded,
         hint: Some("raise build.limits.file_size"),
+    },
+    // See FOREIGN_OWNER for its message.
+    Rule {
+        pattern: r"(?m): lchown .*: invalid argument(?:\): exit status 1)?$",
+        reason: Reason::LimitExceeded,
+        hint: Some("`chown` the file to lower ids in the image, archive or instruction that it comes from"),
     },
     Rule {
         pattern: r#"(?m)(?:^|: |msg=")signal: killed"?$|: cannot allocate memory$|^fatal error: .*memory$"#,
@@ -128,6 +137,11 @@ static DUMPS: LazyLock<Option<Regex>> = LazyLock::new(|| {
     Regex::new(r"(?s) for (?:copier\.request\{.*?All:(?:true|false)\}\}|step \{.*\}): ").ok()
 });
 
+/// What buildah says of a file whose owner a slot has not; the advice that it adds is for its own installation.
+static FOREIGN_OWNER: LazyLock<Option<Regex>> = LazyLock::new(|| {
+    Regex::new(r"(?m)(?:\(requested | to )(\d+:\d+)(?: for .*)?: lchown (.*): invalid argument\b").ok()
+});
+
 static COMPILED: LazyLock<Vec<(Option<Regex>, &'static Rule)>> =
     LazyLock::new(|| RULES.iter().map(|rule| (Regex::new(rule.pattern).ok(), rule)).collect());
 
@@ -160,8 +174,18 @@ fn by_rule(exit: Exit, step: Option<&str>, cause: &str) -> Verdict {
         None if step.is_some() => (Reason::BuildFailed, None),
         None => by_exit(exit),
     };
-    let message = if cause.is_empty() { describe_exit(exit) } else { without_dumps(cause) };
+    let message = match foreign_owner(cause) {
+        Some(message) => message,
+        None if cause.is_empty() => describe_exit(exit),
+        None => without_dumps(cause),
+    };
     Verdict { reason, message, step: step.map(str::to_owned), run_exit_code: None, hint }
+}
+
+fn foreign_owner(cause: &str) -> Option<String> {
+    let found = FOREIGN_OWNER.as_ref()?.captures(cause)?;
+    let (owner, path) = (&found[1], &found[2]);
+    Some(format!("{path} belongs to {owner}; a slot has the user and group ids 0 to {LAST_ID}"))
 }
 
 fn without_dumps(cause: &str) -> String {
@@ -282,6 +306,17 @@ mod tests {
     /// C library's resolver speaks of a temporary failure, and GODEBUG chose it. A RUN command
     /// that is killed looks like one that exits with 1, and a killed buildah says nothing.
     const WORDINGS: &[(&str, Reason, Option<i32>)] = &[
+        // A file of somebody whom a slot does not know.
+        (
+            "Error: writing blob: adding layer with blob \"sha256:70f7\": processing tar file(potentially insufficient UIDs or GIDs available in user namespace (requested 65536:7 for /far): Check /etc/subuid and /etc/subgid if configured locally and run podman-system-migrate: lchown /far: invalid argument): exit status 1\n",
+            Reason::LimitExceeded,
+            None,
+        ),
+        (
+            "Error: building at STEP \"ADD far.tar /d/\": storing \"/job/ctx/far.tar\": error during bulk transfer for copier.request{Request:\"PUT\", Root:\"/\", RemoveOptions:copier.RemoveOptions{All:false}}: copier: put: error setting ownership of \"/far\" to 65536:7: lchown /far: invalid argument\n",
+            Reason::LimitExceeded,
+            None,
+        ),
         // A command that failed.
         ("Error: building at STEP \"RUN exit 37\": exit status 37\n", Reason::BuildFailed, Some(37)),
         ("Error: building at STEP \"RUN nosuchcmd\": exit status 127\n", Reason::BuildFailed, Some(127)),
@@ -611,6 +646,14 @@ mod tests {
     ];
 
     #[test]
+    fn a_foreign_owner_is_named_without_advice_for_another_program() {
+        let texts = WORDINGS.iter().filter(|(text, ..)| text.contains(": lchown /far: "));
+        let messages: Vec<_> = texts.map(|(text, ..)| classify(&end(text)).message).collect();
+        let wanted = "/far belongs to 65536:7; a slot has the user and group ids 0 to 65535";
+        assert_eq!(messages, [wanted, wanted]);
+    }
+
+    #[test]
     fn errors_mean_what_the_table_says() {
         for (stderr, reason, code) in WORDINGS {
             let verdict = classify(&end(stderr));
@@ -700,7 +743,7 @@ mod tests {
     #[test]
     fn every_rule_is_a_regular_expression() {
         assert!(COMPILED.iter().all(|(regex, _)| regex.is_some()));
-        assert!(DUMPS.is_some());
+        assert!(DUMPS.is_some() && FOREIGN_OWNER.is_some());
     }
 
     #[test]

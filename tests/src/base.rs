@@ -64,6 +64,20 @@ impl LayerTar {
         self.entry(EntryType::Regular, path, mode, None, data)
     }
 
+    /// Adds an empty file of another owner.
+    #[must_use]
+    pub fn owned(mut self, path: &str, uid: u64, gid: u64) -> Self {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::Regular);
+        header.set_mode(0o644);
+        header.set_uid(uid);
+        header.set_gid(gid);
+        header.set_mtime(0);
+        header.set_size(0);
+        self.0.append_data(&mut header, path, &[][..]).unwrap();
+        self
+    }
+
     /// Adds a symbolic link.
     #[must_use]
     pub fn symlink(self, path: &str, target: &str) -> Self {

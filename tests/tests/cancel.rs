@@ -140,7 +140,8 @@ fn with_an_agent_that_is_killed() {
     let warm = [0, 1].map(|round| build(&lab, &data, &out).args(flags(round)).run().expect_code(0).elapsed);
     let before = Tree::of(&data.join("store/base"));
     let mut random = Random(number("KILN_SEED", DEFAULT_SEED) ^ 1);
-    for round in 0..number("KILN_CANCELS", DEFAULT_CANCELS) / 2 {
+    // Each is followed by a whole build.
+    for round in 0..number("KILN_CANCELS", DEFAULT_CANCELS) / 4 {
         let length = warm[usize::from(round % 2 == 1)];
         let delay = length.mul_f64(0.4) + random.below(length.mul_f64(0.6));
         let killed = build(&lab, &data, &lab.path("killed.tar")).args(flags(round)).start();

@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::time::Duration;
 
-use kiln_tests::base::{BaseImage, digest};
+use kiln_tests::base::{BaseImage, LayerTar, digest};
 use kiln_tests::image::Image;
 use kiln_tests::lab::Lab;
 use kiln_tests::process::Outcome;
@@ -357,13 +357,42 @@ fn neighbour() -> (Lab, kiln_tests::kiln::Build) {
 #[test]
 fn limits_of_one_file() {
     let lab = Lab::new();
-    lab.configure(&lab.registry.host(), "[build.limits]\nfile_size = \"20MiB\"\n");
+    lab.configure(&lab.registry.host(), "[build.limits]\nfile_size = \"64MiB\"\n");
     // The kernel ends the command, and only the log says by which signal: the hint names the
     // limit. First the signal reaches the shell's child, then the shell's successor.
     for then in ["&& echo done", ""] {
         lab.dockerfile(&format!("FROM busybox:1\nRUN dd if=/dev/zero of=/big bs=1M count=100 {then}\n"));
         let _ = lab.fails(&[], 1).expect_text(&["build.limits.file_size", "Dockerfile:2"]);
     }
+}
+
+/// A slot has the ids 0 to 65535, and an image may name any.
+#[test]
+fn owners_beyond_the_ids_of_a_slot() {
+    for (uid, gid) in [(65_536, 0), (0, 2_000_000)] {
+        let far = lab("FROM busybox:1\nFROM owned:1\nCOPY --from=0 /bin/busybox /x\n");
+        let layer = LayerTar::default().owned("far", uid, gid);
+        far.registry.push("library/owned", "1", &BaseImage::busybox().layer(layer));
+        let text = format!("{uid}:{gid}");
+        let _ = far.fails(&[], 1).expect_text(&[
+            "limit_exceeded",
+            &text,
+            "/far",
+            "0 to 65535",
+            "Dockerfile:2",
+            "chown",
+        ]);
+    }
+    for instruction in ["COPY --chown=65536:7 x /x", "ADD far.tar /d/"] {
+        let far = lab(&format!("FROM busybox:1\n{instruction}\n"));
+        far.context.file("x", "");
+        far.context.file("far.tar", LayerTar::default().owned("far", 65_536, 7).finish());
+        let _ = far.fails(&[], 1).expect_text(&["limit_exceeded", "65536:7", "0 to 65535", "Dockerfile:2"]);
+    }
+    let near = lab("FROM busybox:1\nRUN touch /x && chown 65535:65535 /x\nCOPY --chown=65535 x /y\n");
+    near.context.file("x", "");
+    let image = near.image(&[]);
+    assert_eq!(image.entry("x").map(|e| (e.uid, e.gid)), Some((65_535, 65_535)));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What leaves a slot is what buildah made, bit for bit, and it leaves through namespaces that no step was ever in.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -177,6 +178,7 @@ struct Exporting {
     now: [u32; 2],
     /// Namespaces of the build's two PID 1.
     namespaces: BTreeSet<String>,
+    _held: Vec<File>,
 }
 
 fn children(pid: u32) -> Vec<u32> {
@@ -187,6 +189,11 @@ fn children(pid: u32) -> Vec<u32> {
 fn namespaces(pid: u32) -> BTreeSet<String> {
     let link = |kind| std::fs::read_link(format!("/proc/{pid}/ns/{kind}"));
     KINDS.iter().filter_map(|kind| Some(link(kind).ok()?.display().to_string())).collect()
+}
+
+/// The kernel gives the number of a namespace that is gone to the next one, and an open one is not gone.
+fn hold(pid: u32) -> Vec<File> {
+    KINDS.iter().filter_map(|kind| File::open(format!("/proc/{pid}/ns/{kind}")).ok()).collect()
 }
 
 /// The first child of `parent` that has this depth and is none of `known`; `None` if the parent is gone before. Looks
@@ -206,18 +213,25 @@ fn signal(pid: u32, signal: Signal) {
     let _ = kill(Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX)), signal);
 }
 
-type Found = ([u32; 2], [u32; 2], BTreeSet<String>);
+struct Found {
+    before: [u32; 2],
+    now: [u32; 2],
+    namespaces: BTreeSet<String>,
+    held: Vec<File>,
+}
 
 fn stopped_in_export(build: &Build) -> Option<Found> {
     build.expect_output("under-way\n");
     let (shim, init) = (build.shim().pid, build.init().pid);
     let own = depth(build.running.pid());
     let outer = catch(shim, own + 1, &[])?;
-    let namespaces: BTreeSet<String> = [outer, init].into_iter().flat_map(namespaces).collect();
+    let before = [outer, init];
+    let held = before.into_iter().flat_map(hold).collect();
+    let namespaces = before.into_iter().flat_map(namespaces).collect();
     let next = catch(shim, own + 1, &[outer])?;
     let step = catch(next, own + 2, &[])?;
     signal(step, Signal::SIGSTOP);
-    Some(([outer, init], [next, step], namespaces))
+    Some(Found { before, now: [next, step], namespaces, held })
 }
 
 impl Exporting {
@@ -235,8 +249,9 @@ impl Exporting {
             let build = lab.build_archive().arg("--no-cache").start();
             stopped_in_export(&build).map(|found| (build, found))
         });
-        let Some((build, (before, now, namespaces))) = found else { panic!("the export was never seen") };
-        Self { lab, mark, build, before, now, namespaces }
+        let Some((build, found)) = found else { panic!("the export was never seen") };
+        let Found { before, now, namespaces, held } = found;
+        Self { lab, mark, build, before, now, namespaces, _held: held }
     }
 
     fn read(&self, path: &str) -> String {
@@ -321,12 +336,11 @@ fn mount(line: &str) -> (String, bool) {
 fn a_cancel_during_the_export_leaves_nothing() {
     let export = Exporting::new();
     signal(export.now[1], Signal::SIGCONT);
-    export.build.signal(Signal::SIGTERM);
-    export.assert_clean();
-    let Exporting { lab, build, .. } = export;
+    let Exporting { lab, build, mark, .. } = export;
+    let outcome = build.stop(Signal::SIGTERM);
     // It may have been done already.
-    let outcome = build.wait();
     assert!([0, 130].contains(&outcome.code), "{}", outcome.output());
+    assert_dead(&with_argument(&mark), CLEAN);
     assert_none(&lab.data(), CLEAN);
 }
 

@@ -30,7 +30,7 @@ fn plain_buildah_builds_from_the_registry() {
     let lab = Lab::new();
     lab.context.file("a", "content");
     let image = plain_image(&lab, "FROM busybox:1\nCOPY a /a\nRUN echo x > /b && chown 65532 /b\nENV K=v\n");
-    assert_eq!(image.layers.len(), 2);
+    assert_eq!(image.layers.len(), 3);
     assert_eq!(image.entry("b").unwrap().uid, 65532);
     assert_eq!(image.entry("a").unwrap().mode, 0o644);
     assert_eq!(image.entry("bin/sh").unwrap().link, "busybox");

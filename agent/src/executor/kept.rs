@@ -81,6 +81,7 @@ impl Run {
         let limit = self.agent.config.data.max_cache_bytes;
         match cache.gather(slot, &mut self.stop, limit).await {
             Ok(content) => Some(content),
+            Err(_) if self.stop.current().is_some() => None,
             Err(error) => {
                 self.note(format!("the cache mounts are not kept: {}", chain(&error))).await;
                 None
@@ -102,6 +103,8 @@ impl Run {
         let lease = self.layers.as_ref()?;
         match lease.measure(slot, &mut self.stop, store_names(bases).len()).await {
             Ok(measured) => measured,
+            // A stopped build keeps nothing, and says so by its end.
+            Err(_) if self.stop.current().is_some() => None,
             Err(error) => {
                 self.note(format!("the layers are not kept: {}", chain(&error))).await;
                 None
