@@ -1,16 +1,16 @@
 //! What people ask: show, cancel, replay, discard (shell).
 
-use kiln_protocol::id::Pool;
+use kiln_protocol::id::{Pool, SubmitSeq};
 use kiln_protocol::{BuildId, Reason, State, Target};
 
 use crate::build::Head;
 use crate::core::{CoreError, Orchestrator, WINDOW};
 use crate::decide::{self, CancelRefused, EndedAttempt, ReplayRefused};
 use crate::schedule::{self, Wait};
-use crate::store::{Recorded, StoreError, StoredEvent, Tx, Which};
+use crate::store::{BadMessage, Recorded, StoreError, StoredEvent, Tx, Which};
 
 /// Rows that one question answers at most.
-pub const PAGE: i64 = 200;
+pub const PAGE: i64 = kiln_protocol::api::PAGE as i64;
 
 /// What a person asked for is refused.
 #[derive(Debug, thiserror::Error)]
@@ -62,9 +62,14 @@ impl Orchestrator {
         self.store.read().await?.load(id).await?.ok_or(ControlError::Missing(id))
     }
 
-    /// The newest builds, the newest first.
-    pub async fn list(&self) -> Result<Vec<Recorded>, ControlError> {
-        Ok(self.store.read().await?.newest(PAGE).await?)
+    /// Builds that were submitted before this one, in one state or in any, the newest first; [`PAGE`] at most.
+    pub async fn list(
+        &self,
+        before: Option<SubmitSeq>,
+        state: Option<State>,
+        limit: i64,
+    ) -> Result<Vec<Recorded>, ControlError> {
+        Ok(self.store.read().await?.page(before, state, limit.min(PAGE)).await?)
     }
 
     /// Builds in a state, by id, after this one.
@@ -80,6 +85,32 @@ impl Orchestrator {
     /// Changes of a build after the one with this id.
     pub async fn events(&self, id: BuildId, after: i64) -> Result<Vec<StoredEvent>, ControlError> {
         Ok(self.store.read().await?.events(id, after, PAGE).await?)
+    }
+
+    /// A build and its changes after the one with this id, as of one moment.
+    pub async fn changes(
+        &self,
+        id: BuildId,
+        after: i64,
+    ) -> Result<(Recorded, Vec<StoredEvent>), ControlError> {
+        let mut tx = self.store.read().await?;
+        let found = tx.load(id).await?.ok_or(ControlError::Missing(id))?;
+        Ok((found, tx.events(id, after, PAGE).await?))
+    }
+
+    /// Messages that nobody could read, the newest first.
+    pub async fn bad_messages(&self) -> Result<Vec<BadMessage>, ControlError> {
+        Ok(self.store.read().await?.bad_messages(PAGE).await?)
+    }
+
+    /// Builds by id, without those that are gone.
+    pub async fn find(&self, ids: &[BuildId]) -> Result<Vec<Recorded>, ControlError> {
+        let mut tx = self.store.read().await?;
+        let mut found = Vec::with_capacity(ids.len());
+        for &id in ids {
+            found.extend(tx.load(id).await?);
+        }
+        Ok(found)
     }
 
     /// Every waiting build that may be among the next, the next one first, and why it waits.

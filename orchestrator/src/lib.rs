@@ -4,6 +4,7 @@
 //! the pure functions of [`decide`] and [`schedule`]; everything else loads, calls them, and saves.
 
 pub mod amnesty;
+pub mod api;
 pub mod build;
 pub mod control;
 pub mod core;
@@ -12,6 +13,7 @@ pub mod entropy;
 pub mod error;
 mod ingest;
 mod lease;
+pub mod logs;
 mod outbox;
 pub mod policy;
 pub mod run;

@@ -3,6 +3,7 @@
 //!
 //! Pure: no I/O, no clock, no randomness except in the named constructors of ids.
 
+pub mod api;
 pub mod digest;
 pub mod envelope;
 pub mod glob;

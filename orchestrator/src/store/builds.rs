@@ -81,7 +81,10 @@ const LEASED_BY: &str = "SELECT document, spec FROM builds WHERE lease_agent = $
 const IN_STATE: &str = "SELECT document, spec FROM builds WHERE state = $1 AND id > $2 ORDER BY id LIMIT $3";
 const IN_POOL: &str = "SELECT document, spec FROM builds WHERE pool = $1 \
     AND state IN ('PENDING', 'BUILDING', 'PUSHING', 'DEAD_LETTER') ORDER BY submit_seq";
-const NEWEST: &str = "SELECT document, spec FROM builds ORDER BY submit_seq DESC LIMIT $1";
+const PAGE: &str =
+    "SELECT document, spec FROM builds WHERE submit_seq < $1 ORDER BY submit_seq DESC LIMIT $2";
+const PAGE_IN_STATE: &str = "SELECT document, spec FROM builds WHERE submit_seq < $1 AND state = $3 \
+    ORDER BY submit_seq DESC LIMIT $2";
 const TO_PUBLISH: &str = "SELECT document, spec FROM builds WHERE state = 'PUSHING' AND committed \
     AND pool = $1 AND lease_until IS NULL AND (not_before <= $2 OR not_before > $3) ORDER BY submit_seq LIMIT 1";
 const RUNNING: &str = "SELECT namespace, concurrency_group FROM builds WHERE state = 'BUILDING' OR (state = 'PUSHING' AND NOT committed)";
@@ -103,8 +106,8 @@ const HOLDERS: &str =
     "SELECT DISTINCT lease_agent FROM builds WHERE lease_agent IS NOT NULL ORDER BY lease_agent";
 const COUNTS: &str = "SELECT state, COUNT(*) AS builds FROM builds GROUP BY state";
 pub(super) const STATEMENTS: &[&str] = &[
-    INSERT, BY_KEY, NEXT_SEQ, SAVE, EXISTS, LOAD, BY_CLAIM, LEASED_BY, IN_STATE, IN_POOL, NEWEST, TO_PUBLISH,
-    RUNNING, POOLS, NAMESPACES, WAITING, DUE, FAR_LEASES, HOLDERS, COUNTS,
+    INSERT, BY_KEY, NEXT_SEQ, SAVE, EXISTS, LOAD, BY_CLAIM, LEASED_BY, IN_STATE, IN_POOL, PAGE, PAGE_IN_STATE,
+    TO_PUBLISH, RUNNING, POOLS, NAMESPACES, WAITING, DUE, FAR_LEASES, HOLDERS, COUNTS,
 ];
 
 impl Tx {
@@ -223,10 +226,19 @@ impl Tx {
         rows.iter().map(recorded).collect()
     }
 
-    /// The newest builds.
-    pub async fn newest(&mut self, limit: i64) -> Result<Vec<Recorded>, StoreError> {
-        let rows = sqlx::query(NEWEST).bind(limit).fetch_all(&mut *self.inner).await?;
-        rows.iter().map(recorded).collect()
+    /// Builds that were submitted before this one, the newest first.
+    pub async fn page(
+        &mut self,
+        before: Option<SubmitSeq>,
+        state: Option<State>,
+        limit: i64,
+    ) -> Result<Vec<Recorded>, StoreError> {
+        let before = before.map_or(i64::MAX, |seq| seq.0);
+        let query = match state {
+            Some(state) => sqlx::query(PAGE_IN_STATE).bind(before).bind(limit).bind(state.label()),
+            None => sqlx::query(PAGE).bind(before).bind(limit),
+        };
+        query.fetch_all(&mut *self.inner).await?.iter().map(recorded).collect()
     }
 
     /// The oldest committed build of a pool on which nobody works.

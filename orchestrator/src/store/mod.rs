@@ -14,6 +14,7 @@ mod retention;
 mod streams;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::migrate::{Migration, MigrationType, Migrator};
@@ -21,6 +22,7 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 use sqlx::{SqlSafeStr as _, Sqlite, Transaction};
+use tokio::sync::Notify;
 
 use crate::build::Micros;
 
@@ -79,6 +81,7 @@ pub struct Store {
     writer: SqlitePool,
     readers: SqlitePool,
     clock: Clock,
+    told: Arc<Notify>,
 }
 
 /// A transaction. Dropped without [`Tx::commit`] it changes nothing.
@@ -86,6 +89,9 @@ pub struct Store {
 pub struct Tx {
     inner: Transaction<'static, Sqlite>,
     now: Micros,
+    /// Whom to wake once this is committed: set by a change that everybody may know of.
+    tells: bool,
+    told: Arc<Notify>,
 }
 
 impl Store {
@@ -107,19 +113,34 @@ impl Store {
         let migrated = migrations().run(&writer).await;
         migrated.map_err(|source| StoreError::Migrate { path: path.to_owned(), source })?;
         let readers = pool(READERS).connect_with(options).await.map_err(failed)?;
-        Ok(Self { writer, readers, clock })
+        Ok(Self { writer, readers, clock, told: Arc::default() })
+    }
+
+    /// Microseconds since 1970, by the clock of the database.
+    pub fn now(&self) -> Micros {
+        self.clock.now()
     }
 
     /// Begins a change. Nobody else writes until it ends.
     pub async fn write(&self) -> Result<Tx, StoreError> {
         // Immediate: a transaction that becomes a writer later fails at once when another one was faster.
         let inner = self.writer.begin_with("BEGIN IMMEDIATE".into_sql_str()).await?;
-        Ok(Tx { inner, now: self.clock.now() })
+        Ok(self.tx(inner))
     }
 
     /// Begins to read one consistent state.
     pub async fn read(&self) -> Result<Tx, StoreError> {
-        Ok(Tx { inner: self.readers.begin().await?, now: self.clock.now() })
+        let inner = self.readers.begin().await?;
+        Ok(self.tx(inner))
+    }
+
+    fn tx(&self, inner: Transaction<'static, Sqlite>) -> Tx {
+        Tx { inner, now: self.clock.now(), tells: false, told: Arc::clone(&self.told) }
+    }
+
+    /// Waits for the next event that this process commits, from the call on. Other processes wake nobody here.
+    pub fn next_event(&self) -> impl Future<Output = ()> + Send + '_ {
+        self.told.notified()
     }
 
     /// Ends every use of the database.
@@ -137,7 +158,11 @@ impl Tx {
 
     /// Makes the changes last.
     pub async fn commit(self) -> Result<(), StoreError> {
-        Ok(self.inner.commit().await?)
+        self.inner.commit().await?;
+        if self.tells {
+            self.told.notify_waiters();
+        }
+        Ok(())
     }
 }
 

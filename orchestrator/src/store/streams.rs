@@ -44,6 +44,7 @@ impl Tx {
     pub async fn append_event(&mut self, event: &StatusEvent) -> Result<(), StoreError> {
         let query = sqlx::query(EVENT).bind(event.build.as_uuid()).bind(event.namespace.as_str());
         query.bind(event.at).bind(to_json("event", event)?).execute(&mut *self.inner).await?;
+        self.tells = true;
         Ok(())
     }
 

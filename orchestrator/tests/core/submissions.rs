@@ -20,7 +20,7 @@ async fn the_same_key_gives_the_same_build_and_another_request_is_refused() {
     assert!(matches!(other, Err(SubmitError::OtherRequest(id)) if id == first.id));
     let elsewhere = BuildSpec { namespace: "team-b".parse().unwrap(), ..spec(&["r.example/app:1"]) };
     assert!(!world.orchestrator.submit(keyed(elsewhere, "k")).await.unwrap().repeated);
-    assert_eq!(world.orchestrator.list().await.unwrap().len(), 2);
+    assert_eq!(world.orchestrator.list(None, None, 200).await.unwrap().len(), 2);
 }
 
 #[tokio::test]
