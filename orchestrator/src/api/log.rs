@@ -112,7 +112,7 @@ pub(super) async fn follow(
     let place = last.map(|id| Place::parse(id).ok_or_else(unreadable)).transpose()?;
     let place = place.unwrap_or(Place { attempt: attempt.unwrap_or(Attempt::FIRST), offset: 0 });
     let closing = served.closing.clone();
-    let mut tail = Tail { served, build, place };
+    let tail = Tail { served, build, place };
     if last.is_some() && found.state.is_over() && tail.is_at_end().await? {
         return Ok(nothing_more());
     }
@@ -212,12 +212,16 @@ impl Tail {
     }
 
     /// Whether there is nothing behind the place.
-    async fn is_at_end(&mut self) -> Result<bool, Refusal> {
+    async fn is_at_end(&self) -> Result<bool, Refusal> {
         let build = self.served.orchestrator.show(self.build).await?.build;
         let Place { attempt, offset } = self.place;
         let read = self.served.logs.read(self.build, attempt, offset).await?;
-        let rest = matches!(read, LogRead::Bytes(bytes) if !bytes.is_empty());
-        Ok(!rest && attempt >= build.attempt)
+        let at_end = match read {
+            LogRead::Bytes(bytes) => bytes.is_empty(),
+            LogRead::Missing => true,
+            LogRead::Shorter(_) => false,
+        };
+        Ok(at_end && attempt >= build.attempt)
     }
 }
 

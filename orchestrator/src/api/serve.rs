@@ -22,7 +22,7 @@ use super::{Api, Served, router};
 /// Connections of one listener; more wait in the kernel. Streams are most of them.
 const MAX_CONNECTIONS: usize = 256;
 /// A client sends the whole head of a request within this time, also on a connection that it keeps.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(20);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// A client that reads nothing for this long is cut off; streams resume.
 const WRITE_PATIENCE: Duration = Duration::from_mins(1);
 /// No connection lives longer, whatever it does; streams resume.

@@ -1,0 +1,8 @@
+//! The HTTP API, through real sockets.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod access;
+mod builds;
+mod contexts;
+mod scene;
+mod streams;
