@@ -6,7 +6,7 @@ use clap::Parser as _;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use crate::args::{Cli, Command, substitute};
-use crate::{build, check, doctor, prune, terminal};
+use crate::{build, check, doctor, prune, remote, terminal, up};
 
 /// Exit code of a command that cannot be understood.
 pub(crate) const USAGE: u8 = 2;
@@ -43,10 +43,19 @@ pub(crate) fn run() -> ExitCode {
         Err(error) => return refuse(&error),
     };
     let result = match cli.command {
+        Command::Build(args) if args.server.is_some() => remote::build(&args),
         Command::Build(args) => build::run(*args),
         Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Prune(args) => prune::run(&args),
+        Command::Up(args) => up::run(&args),
+        Command::Ls(args) => remote::list(&args),
+        Command::Show(args) => remote::show(&args),
+        Command::Logs(args) => remote::logs(&args),
+        Command::Cancel(args) => remote::cancel(&args),
+        Command::Retry(args) => remote::retry(&args),
+        Command::Dead(command) => remote::dead(&command),
+        Command::Queue(args) => remote::queue(&args),
     };
     match result {
         Ok(code) => ExitCode::from(code),

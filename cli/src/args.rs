@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln_protocol::request::{ImageFormat, NetworkMode};
 
+use crate::remote;
+
 /// Builds container images without a daemon: rootless, sealed, nothing left behind.
 #[derive(Debug, Parser)]
 #[command(name = "kiln", version, propagate_version = true, after_help = EXIT_CODES)]
@@ -27,6 +29,23 @@ pub(crate) enum Command {
     Doctor(DoctorArgs),
     /// Delete what can be made again: base images, cache mounts, old logs
     Prune(PruneArgs),
+    /// Run a server that builds for this machine, until a signal
+    Up(UpArgs),
+    /// List the builds of a server
+    Ls(remote::ListArgs),
+    /// Show a build of a server
+    Show(remote::ShowArgs),
+    /// Print the log of a build of a server
+    Logs(remote::LogsArgs),
+    /// Cancel builds of a server
+    Cancel(remote::CancelArgs),
+    /// Submit a build of a server once more
+    Retry(remote::RetryArgs),
+    /// Builds that a server has given up
+    #[command(subcommand)]
+    Dead(remote::DeadCommand),
+    /// List what waits on a server, and why
+    Queue(remote::QueueArgs),
 }
 
 /// Where settings and state are.
@@ -107,6 +126,14 @@ pub(crate) struct BuildArgs {
     /// Write the image id
     #[arg(long, value_name = "FILE")]
     pub(crate) iidfile: Option<PathBuf>,
+    /// Build on this server and publish from there: unix:PATH or `http://127.0.0.1:PORT`
+    #[arg(long, value_name = "ADDRESS", env = "KILN_SERVER")]
+    pub(crate) server: Option<remote::ServerAddress>,
+    #[command(flatten)]
+    pub(crate) access: remote::Access,
+    /// With --server: publish the image here
+    #[arg(short, long, value_name = "REGISTRY/NAME:TAG", requires = "server")]
+    pub(crate) tag: Vec<String>,
     #[command(flatten)]
     pub(crate) places: Places,
     /// Docker's flags whose meaning Kiln has anyway.
@@ -143,6 +170,15 @@ pub(crate) struct DoctorArgs {
     /// Print a script that prepares this machine; read it, then run it as root
     #[arg(long)]
     pub(crate) print_setup: bool,
+    #[command(flatten)]
+    pub(crate) places: Places,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UpArgs {
+    /// Also listen on this port of loopback; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) listen: Option<std::net::SocketAddr>,
     #[command(flatten)]
     pub(crate) places: Places,
 }

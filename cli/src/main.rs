@@ -13,8 +13,10 @@ mod inputs;
 mod paths;
 mod progress;
 mod prune;
+mod remote;
 mod signals;
 mod terminal;
+mod up;
 
 fn main() -> std::process::ExitCode {
     // Before anything else: this process image also serves as the slot's single-threaded shim.

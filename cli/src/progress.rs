@@ -32,10 +32,18 @@ impl Printer {
             return;
         }
         match event {
-            Event::Line(line) if self.stdout_taken => terminal::say(line),
-            Event::Line(line) => terminal::out_coloured(line, self.colours),
+            Event::Line(line) => self.line(line),
             Event::Phase(phase) => self.say(&format!("[{}]", phase.label())),
             Event::Note(note) => self.say(note),
+        }
+    }
+
+    /// A line of the log.
+    pub(crate) fn line(self, line: &str) {
+        match (self.quiet, self.stdout_taken) {
+            (true, _) => {}
+            (false, true) => terminal::say(line),
+            (false, false) => terminal::out_coloured(line, self.colours),
         }
     }
 
@@ -43,6 +51,18 @@ impl Printer {
     pub(crate) fn say(self, text: &str) {
         if !self.quiet {
             terminal::say(text);
+        }
+    }
+
+    /// The end of a build that a server published.
+    pub(crate) fn published(self, digest: &str, destinations: &[String]) {
+        if self.quiet {
+            terminal::out(digest);
+            return;
+        }
+        terminal::say(&format!("manifest {digest}"));
+        for destination in destinations {
+            terminal::say(&format!("published {destination}"));
         }
     }
 

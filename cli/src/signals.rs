@@ -34,7 +34,8 @@ impl Signals {
         })
     }
 
-    async fn next(&mut self) {
+    /// Waits for a signal.
+    pub(crate) async fn next(&mut self) {
         let hangup = async {
             match &mut self.hangup {
                 Some(signal) => signal.recv().await,
