@@ -78,7 +78,7 @@ async fn api(agent: Agent) -> Result<Api, Exit> {
 /// Starts what decides about builds.
 async fn start(orchestrator: &Arc<Orchestrator>, loops: &mut JoinSet<()>) -> Result<(), Exit> {
     let pool = "default".parse().map_err(|e| Exit::system(chain(&e)))?;
-    let bus = MemoryBroker::new().connect();
+    let bus = MemoryBroker::new(0).connect("orchestrator");
     let started = run::start(orchestrator, &bus, &[pool], loops).await;
     started.map_err(|e| Exit::system(chain(&e)))
 }
