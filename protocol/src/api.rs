@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{AgentId, Attempt, Group, Namespace, Pool};
-use crate::message::{Outcome, PolicyVerdict, RequiredPolicy};
+use crate::message::{Lane, Outcome, PolicyVerdict, RequiredPolicy};
 use crate::result::{Failure, LogSummary, Phase, PhaseDuration};
 use crate::{BuildId, BuildSpec, Digest, Reason, State};
 
@@ -188,10 +188,31 @@ pub struct BuildDetail {
     pub phases: Vec<PhaseDuration>,
     /// The log of that attempt in numbers.
     pub log: Option<LogSummary>,
+    /// Everything that agents did for it and ended, in order.
+    pub attempts: Vec<EndedAttempt>,
     /// What must speak before the commit.
     pub policies: Vec<RequiredPolicy>,
     /// What spoke.
     pub verdicts: Vec<PolicyVerdict>,
+}
+
+/// A lease that ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndedAttempt {
+    /// Its number. Moving the tags of a committed build goes on under the number of the attempt that built it.
+    pub attempt: Attempt,
+    /// What was done.
+    pub lane: Lane,
+    /// Who did it.
+    pub agent: AgentId,
+    /// When it began.
+    pub began_at: Timestamp,
+    /// When it ended.
+    pub ended_at: Timestamp,
+    /// Why it was not the last one, or why there is no image; none for what ended well.
+    pub reason: Option<Reason>,
+    /// The same in words.
+    pub failure: Option<Failure>,
 }
 
 /// A part of a list.

@@ -114,7 +114,7 @@ pub(crate) fn show(args: &ShowArgs) -> Result<u8, Exit> {
 }
 
 fn facts(detail: &BuildDetail, now: Timestamp) -> Vec<(&'static str, String)> {
-    let BuildDetail { summary: build, spec, waited_seconds, phases, verdicts, .. } = detail;
+    let BuildDetail { summary: build, spec, waited_seconds, phases, attempts, verdicts, .. } = detail;
     let ago = |moment: Timestamp| format!("{moment:.0} ({} ago)", age(moment, now));
     let mut facts = vec![
         ("build", build.id.to_string()),
@@ -145,6 +145,10 @@ fn facts(detail: &BuildDetail, now: Timestamp) -> Vec<(&'static str, String)> {
     for destination in &build.destinations {
         let outcome = build.outcomes.get(destination).map(|o| format!(": {o:?}").to_lowercase());
         more("destination", Some(format!("{destination}{}", outcome.unwrap_or_default())));
+    }
+    for ended in attempts {
+        let reason = ended.reason.map_or("well".to_owned(), |reason| reason.to_string());
+        more("try", Some(format!("{} on {} ended: {reason}", ended.attempt, ended.agent)));
     }
     for phase in phases {
         more("spent", Some(format!("{} {} ms", phase.phase.label(), phase.milliseconds)));

@@ -60,7 +60,8 @@ pub(super) async fn show(
     Named(id): Named<BuildId>,
 ) -> Result<Answer<BuildDetail>, Refusal> {
     let found = served.orchestrator.show(id).await?;
-    Ok(Answer(view::detail(found, served.orchestrator.store().now())))
+    let attempts = served.orchestrator.attempts(id).await?;
+    Ok(Answer(view::detail(found, attempts, served.orchestrator.store().now())))
 }
 
 pub(super) async fn submit(

@@ -2,9 +2,10 @@
 
 use jiff::Timestamp;
 use kiln_protocol::State;
-use kiln_protocol::api::{BadMessage, BuildDetail, BuildSummary};
+use kiln_protocol::api::{BadMessage, BuildDetail, BuildSummary, EndedAttempt};
 
 use crate::build::{Build, Micros};
+use crate::decide;
 use crate::store::{self, Recorded};
 
 /// Bytes that are shown of a message that nobody could read.
@@ -36,7 +37,7 @@ pub(super) fn summary(recorded: &Recorded) -> BuildSummary {
     }
 }
 
-pub(super) fn detail(recorded: Recorded, now: Micros) -> BuildDetail {
+pub(super) fn detail(recorded: Recorded, attempts: Vec<decide::EndedAttempt>, now: Micros) -> BuildDetail {
     let summary = summary(&recorded);
     let Recorded { build, spec } = recorded;
     let waited = build.waited_until(now) / 1_000_000;
@@ -47,8 +48,21 @@ pub(super) fn detail(recorded: Recorded, now: Micros) -> BuildDetail {
         waited_seconds: u64::try_from(waited).unwrap_or(0),
         phases: build.snapshot.phases,
         log: build.snapshot.log,
+        attempts: attempts.into_iter().map(attempt).collect(),
         policies: build.policies,
         verdicts,
+    }
+}
+
+fn attempt(ended: decide::EndedAttempt) -> EndedAttempt {
+    EndedAttempt {
+        attempt: ended.attempt,
+        lane: ended.lane,
+        agent: ended.agent,
+        began_at: moment(ended.began_at),
+        ended_at: moment(ended.ended_at),
+        reason: ended.reason,
+        failure: ended.failure,
     }
 }
 
