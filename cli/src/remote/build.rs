@@ -97,6 +97,7 @@ fn request(args: &BuildArgs, source: &dockerfile::Source) -> Result<BuildRequest
         network: args.network.map_or(config.build.network, Into::into),
         timeout: args.timeout.unwrap_or(config.build.timeout),
         root_filesystem: false,
+        no_cache: args.no_cache,
     })
 }
 

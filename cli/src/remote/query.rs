@@ -192,11 +192,11 @@ async fn print_log(
 ) -> Result<(), ServerError> {
     let attempt = attempt.map(|attempt| format!("?attempt={attempt}")).unwrap_or_default();
     let request = server.request(Method::GET, &format!("/builds/{id}/log{attempt}"));
-    let slow = |_| server.slow(ANSWER_TIMEOUT);
-    let mut response = timeout(ANSWER_TIMEOUT, server.send(request)).await.map_err(slow)??;
+    let late = |_| server.slow(ANSWER_TIMEOUT);
+    let mut response = timeout(ANSWER_TIMEOUT, server.send(request)).await.map_err(late)??;
     let (mut lines, mut open) = (Lines::default(), Vec::new());
     while let Some(bytes) =
-        timeout(ANSWER_TIMEOUT, response.chunk()).await.map_err(slow)?.map_err(|e| server.silent(e))?
+        timeout(ANSWER_TIMEOUT, response.chunk()).await.map_err(late)?.map_err(|e| server.silent(e))?
     {
         open.extend_from_slice(&bytes);
         // A character may be cut in two where the parts meet, but no line feed is inside one.

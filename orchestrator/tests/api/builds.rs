@@ -151,7 +151,10 @@ async fn a_dead_letter_is_listed_replayed_and_discarded() {
         (&id.to_string().into(), &"hook_fault".into())
     );
     let shown = scene.json(&format!("/builds/{id}")).await;
-    assert_eq!((&shown["attempts"][0]["agent"], &shown["attempts"][0]["reason"]), (&"agent-1".into(), &"hook_fault".into()));
+    assert_eq!(
+        (&shown["attempts"][0]["agent"], &shown["attempts"][0]["reason"]),
+        (&"agent-1".into(), &"hook_fault".into())
+    );
     let replayed = scene.post(&format!("/builds/{id}/replay?take_head=true"), StatusCode::OK).await;
     assert_eq!(replayed["state"], "PENDING");
     let grant = scene.claim().await;

@@ -251,6 +251,7 @@ pub(crate) fn spec(context: ContextRef) -> BuildSpec {
             network: NetworkMode::Isolated,
             timeout: Duration::from_hours(1),
             root_filesystem: false,
+            no_cache: false,
         },
         context,
         destinations: vec![Destination::Image("r.example/app:1".parse().unwrap())],

@@ -87,7 +87,10 @@ async fn figures() {
             "100000 pending: sweep {sweep:.1} ms, claim {claim:.1} ms, hint {hint:.1} ms, queue {queue:.1} ms"
         );
     }
-    assert_eq!(world.state(world.orchestrator.list(None, None, 200).await.unwrap()[0].build.id).await, State::Pending);
+    assert_eq!(
+        world.state(world.orchestrator.list(None, None, 200).await.unwrap()[0].build.id).await,
+        State::Pending
+    );
 }
 
 /// Waiting builds of a hundred namespaces, in few transactions.
