@@ -106,8 +106,27 @@ const HOLDERS: &str =
     "SELECT DISTINCT lease_agent FROM builds WHERE lease_agent IS NOT NULL ORDER BY lease_agent";
 const COUNTS: &str = "SELECT state, COUNT(*) AS builds FROM builds GROUP BY state";
 pub(super) const STATEMENTS: &[&str] = &[
-    INSERT, BY_KEY, NEXT_SEQ, SAVE, EXISTS, LOAD, BY_CLAIM, LEASED_BY, IN_STATE, IN_POOL, PAGE, PAGE_IN_STATE,
-    TO_PUBLISH, RUNNING, POOLS, NAMESPACES, WAITING, DUE, FAR_LEASES, HOLDERS, COUNTS,
+    INSERT,
+    BY_KEY,
+    NEXT_SEQ,
+    SAVE,
+    EXISTS,
+    LOAD,
+    BY_CLAIM,
+    LEASED_BY,
+    IN_STATE,
+    IN_POOL,
+    PAGE,
+    PAGE_IN_STATE,
+    TO_PUBLISH,
+    RUNNING,
+    POOLS,
+    NAMESPACES,
+    WAITING,
+    DUE,
+    FAR_LEASES,
+    HOLDERS,
+    COUNTS,
 ];
 
 impl Tx {

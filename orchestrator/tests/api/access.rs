@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use kiln_orchestrator::api::{ListenError, Listener, Token};
@@ -28,7 +29,6 @@ async fn a_socket_that_a_killed_server_left_is_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("api/kiln.sock");
     std::fs::create_dir(path.parent().unwrap()).unwrap();
-    use std::os::unix::fs::PermissionsExt as _;
     let mode = |mode| std::fs::set_permissions(path.parent().unwrap(), std::fs::Permissions::from_mode(mode));
     mode(0o755).unwrap();
     assert!(matches!(Listener::unix(&path).unwrap_err(), ListenError::OpenFolder { mode: 0o755, .. }));

@@ -141,7 +141,10 @@ async fn a_log_is_followed_through_every_attempt() {
     let grant = scene.claim().await;
     scene.print(id, 1, "one\ntwo\nhal");
     let first = events.next().await.unwrap();
-    assert_eq!((first.id.as_deref(), text(&[first.clone()]).as_str()), (Some("1-8"), "one\ntwo\n"));
+    assert_eq!(
+        (first.id.as_deref(), text(std::slice::from_ref(&first)).as_str()),
+        (Some("1-8"), "one\ntwo\n")
+    );
     scene.print(id, 1, "f\nlast words");
     assert_eq!(events.next().await.unwrap().data["text"], "half\n");
     scene.fail(&grant, 1, Reason::AgentDrain).await;
@@ -165,7 +168,8 @@ async fn with_log(scene: &Scene, log: &str) -> BuildId {
 #[tokio::test]
 async fn a_log_goes_on_at_every_byte_without_loss_or_repetition() {
     let scene = Scene::new().await;
-    let log: String = (0..20_000).map(|n| format!("line {n} ä\n")).collect();
+    let lines: Vec<_> = (0..20_000).map(|n| format!("line {n} ä\n")).collect();
+    let log = lines.concat();
     let id = with_log(&scene, &log).await;
     let path = format!("/builds/{id}/log/follow");
     let all = Events::of(open(&scene, &path, None).await).rest().await;
