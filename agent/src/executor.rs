@@ -14,6 +14,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 
+use kiln_protocol::id::Attempt as Number;
 use kiln_protocol::request::BuildRequest;
 use kiln_protocol::result::{BuildResult, Failure, Location, LogSummary, Phase, PhaseDuration};
 use kiln_protocol::verdict::Verdict;
@@ -101,6 +102,8 @@ pub struct Finished {
 pub struct Order {
     /// Its id.
     pub build: BuildId,
+    /// Which try this is.
+    pub attempt: Number,
     /// Its private directory.
     pub job: Job,
     /// What the client asked for.
@@ -142,6 +145,7 @@ pub async fn run(
 struct Run {
     agent: Arc<Agent>,
     build: BuildId,
+    attempt: Number,
     job: Job,
     request: BuildRequest,
     inputs: BuildInputs,
@@ -193,12 +197,13 @@ impl Run {
         events: mpsc::Sender<Event>,
         stop: StopSignal,
     ) -> Result<Self, crate::state::StateError> {
-        let Order { build, job, request, inputs, layers, policies } = order;
+        let Order { build, attempt, job, request, inputs, layers, policies } = order;
         let blobs = crate::blobs::BlobStore::of_one_build(job.dir())?;
         let (phase, phase_began) = (Phase::Plan, Instant::now());
         Ok(Self {
             agent,
             build,
+            attempt,
             job,
             request,
             inputs,

@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kiln_protocol::BuildId;
+use kiln_protocol::id::Attempt;
 
 use crate::blobs::BlobStore;
 
@@ -135,9 +136,12 @@ impl State {
         File::open(&path).map_err(|e| StateError::io("open", &path, e))
     }
 
-    /// Where the log of a build lies.
-    pub fn log_path(&self, build: BuildId) -> PathBuf {
-        self.path(&format!("logs/{build}.log"))
+    /// Where the log of an attempt lies.
+    pub fn log_path(&self, build: BuildId, attempt: Attempt) -> PathBuf {
+        match attempt {
+            Attempt::FIRST => self.path(&format!("logs/{build}.log")),
+            later => self.path(&format!("logs/{build}-{later}.log")),
+        }
     }
 
     /// Bytes that an ordinary user can still write.

@@ -131,9 +131,6 @@ pub(crate) struct BuildArgs {
     pub(crate) server: Option<remote::ServerAddress>,
     #[command(flatten)]
     pub(crate) access: remote::Access,
-    /// With --server: publish the image here
-    #[arg(short, long, value_name = "REGISTRY/NAME:TAG", requires = "server")]
-    pub(crate) tag: Vec<String>,
     #[command(flatten)]
     pub(crate) places: Places,
     /// Docker's flags whose meaning Kiln has anyway.
@@ -179,6 +176,9 @@ pub(crate) struct UpArgs {
     /// Also listen on this port of loopback; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) listen: Option<std::net::SocketAddr>,
+    /// Builds that run at once
+    #[arg(long, value_name = "NUMBER", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub(crate) slots: u32,
     #[command(flatten)]
     pub(crate) places: Places,
 }

@@ -339,11 +339,15 @@ async fn find_credentials(plan: &Plan, agent: &Agent) -> Result<Credentials, Exi
 /// `host/repository` of every place that the build may pull from or push to. What is wrong with the Dockerfile, the
 /// build itself will say.
 fn registry_names(plan: &Plan, agent: &Agent) -> Vec<String> {
-    let input = executor::build_input(&plan.request, agent.buildah);
-    let references = Dockerfile::parse(&plan.request.dockerfile).and_then(|file| file.references(&input));
+    pulled_names(&plan.request, agent).into_iter().chain(plan.targets.iter().map(Target::name)).collect()
+}
+
+/// `host/repository` of every place that a build may pull from.
+pub(crate) fn pulled_names(request: &BuildRequest, agent: &Agent) -> Vec<String> {
+    let input = executor::build_input(request, agent.buildah);
+    let references = Dockerfile::parse(&request.dockerfile).and_then(|file| file.references(&input));
     let Ok(config) = RegistryConfig::new(agent.config.registry.clone()) else { return Vec::new() };
     let references = references.unwrap_or_default();
     let endpoints = references.iter().filter_map(|base| config.endpoints(&base.reference).ok());
-    let pulled = endpoints.flatten().map(|endpoint| endpoint.credential_key());
-    pulled.chain(plan.targets.iter().map(Target::name)).collect()
+    endpoints.flatten().map(|endpoint| endpoint.credential_key()).collect()
 }

@@ -121,7 +121,7 @@ impl Embedded {
     }
 }
 
-fn rules(hooks: Option<&HookHost>) -> Vec<PolicyRule> {
+pub(crate) fn rules(hooks: Option<&HookHost>) -> Vec<PolicyRule> {
     let Some(hooks) = hooks else { return Vec::new() };
     let rule = |(policy, glob): (kiln_protocol::message::RequiredPolicy, Option<&Glob>)| PolicyRule {
         name: policy.name,

@@ -109,7 +109,6 @@ impl Work {
         let (lease, spec) = (&self.grant.lease, &self.grant.spec);
         let policies = self.ctx.hooks.as_ref().map(|host| Policies {
             host: Arc::clone(host),
-            attempt: lease.attempt.get(),
             requester: spec.requester.clone(),
             places,
         });
@@ -121,7 +120,15 @@ impl Work {
         };
         let reuse = if spec.request.no_cache { Reuse::Nothing } else { Reuse::Cached };
         let layers = Some(LayerCache { key, reuse });
-        Order { build: lease.build, job, request: spec.request.clone(), inputs, layers, policies }
+        Order {
+            build: lease.build,
+            attempt: lease.attempt,
+            job,
+            request: spec.request.clone(),
+            inputs,
+            layers,
+            policies,
+        }
     }
 
     async fn execute(&mut self, order: Order) -> Result<Finished, Failure> {

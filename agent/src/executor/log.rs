@@ -106,7 +106,7 @@ pub(super) fn start(run: &Run) -> Attempt<(Log, OwnedFd)> {
     let (reader, writer) =
         crate::bases::log_pipe(&run.job).map_err(|e| run.fail(Reason::Unknown, chain(&e)))?;
     let limits = Limits::with_cap(run.agent.config.logs.max_bytes);
-    let spool = Spool::create(&run.agent.state.log_path(run.build), limits)
+    let spool = Spool::create(&run.agent.state.log_path(run.build, run.attempt), limits)
         .map_err(|e| run.fail(Reason::DiskFull, chain(&e)))?;
     let events = run.events.clone();
     let ours = redactor.fresh();

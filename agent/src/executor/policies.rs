@@ -20,8 +20,6 @@ use crate::registry::Platform;
 pub struct Policies {
     /// The loaded plugins.
     pub host: Arc<HookHost>,
-    /// Number of the attempt.
-    pub attempt: u32,
     /// Who asked for the build.
     pub requester: String,
     /// Where the image goes; empty if nowhere.
@@ -83,7 +81,7 @@ impl Run {
         Ok(BuildView {
             input_digest: Digest::from_sha256([0; 32]),
             build_id: self.build,
-            attempt: policies.attempt,
+            attempt: self.attempt.get(),
             requester: policies.requester.clone(),
             repository: String::new(),
             tags: Vec::new(),

@@ -154,7 +154,7 @@ fn failed(plan: &Plan, agent: &Agent, build: &Build, seen: Option<Seen>) -> u8 {
         (_, None) => unexplained(reason),
     };
     let last_lines = seen.map(|seen| seen.last_lines).unwrap_or_default();
-    let log = agent.state.log_path(build.id);
+    let log = agent.state.log_path(build.id, build.attempt);
     progress::failure(&failure, &last_lines, &plan.request.dockerfile_name, &log);
     if build.attempt.get() > 1 {
         crate::terminal::say(&format!("it was tried {} times", build.attempt));
