@@ -409,7 +409,7 @@ async fn publish_only(ctx: &Context, grant: &PublishGrant, stop: stop::StopSigna
             pusher.move_tags(ctx, tags, &reporter, &stop).await;
         }
         Err(failure) => {
-            tracing::warn!(build = %grant.lease.build, failure.message, "tags cannot be moved now")
+            tracing::warn!(build = %grant.lease.build, failure.message, "tags cannot be moved now");
         }
     }
     for file in &grant.lost {

@@ -21,7 +21,7 @@ use crate::registry::{Credentials, Reference};
 use crate::stop::{self, StopReason, StopSignal};
 
 /// One question to a registry, with its repetitions.
-const ASK_BUDGET: Duration = Duration::from_secs(60);
+const ASK_BUDGET: Duration = Duration::from_secs(30);
 /// Pauses between two tries to move a tag.
 const PAUSE: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_mins(10));
 
