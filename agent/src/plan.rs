@@ -188,6 +188,7 @@ mod tests {
             network: NetworkMode::Isolated,
             timeout: Duration::from_secs(1),
             root_filesystem: true,
+            no_cache: false,
         }
     }
 
