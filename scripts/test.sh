@@ -2,8 +2,8 @@
 # Every test of the workspace. Arguments go to the test runner.
 set -eu
 cd "$(dirname "$0")/.."
-# The suites run this binary; built once here, not looked for by every test process.
-cargo build --locked --package=kiln --bin=kiln
+# The suites run the `kiln` of this build. Everything at once: the same libraries for the command and the tests.
+cargo build --locked --workspace --bins --tests
 # Some suites load plugins. Their rules are tested on this machine's target.
 scripts/plugins.sh
 cargo test --quiet --manifest-path=plugins/Cargo.toml --target-dir=target/plugins-host --locked --package=tag-policy

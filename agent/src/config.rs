@@ -354,10 +354,11 @@ mod tests {
         let _ = parse(&full).unwrap();
         let table: toml::Table = full.parse().unwrap();
         for (section, keys) in [
-            ("build", &["timeout", "grace", "network", "ca", "proxy", "limits"][..]),
+            ("build", &["timeout", "attempts", "grace", "network", "ca", "proxy", "limits"][..]),
             ("network", &["allow"]),
             ("data", &["min_free", "max_bytes", "max_cache_bytes", "max_layer_cache_bytes"]),
             ("logs", &["max_bytes", "keep"]),
+            ("plugins", &["directory", "max_concurrent", "require_digest", "allow_unstable"]),
         ] {
             let found = table[section].as_table().unwrap();
             assert_eq!(found.len(), keys.len(), "{section}");

@@ -16,7 +16,7 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 success, 1 the build failed, 2 usage or a refused request, 4 unauthorized, \
+const EXIT_CODES: &str = "Exit codes: 0 success, 1 the build failed, 2 usage or a refused request, 3 a policy denied it, 4 unauthorized, \
 5 the system failed, 124 timeout, 130 cancelled.";
 
 #[derive(Debug, Subcommand)]

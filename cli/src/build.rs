@@ -193,7 +193,7 @@ async fn execute(plan: Plan, mut stop: StopSignal) -> Result<u8, Exit> {
     embedded.end().await;
     let seen = client.seen();
     let refused = client.refused();
-    let stopped = ended.as_ref().is_ok_and(|build| was_stopped(build));
+    let stopped = ended.as_ref().is_ok_and(was_stopped);
     // The events end with the last who could send one.
     drop(client);
     printed(printing, stopped, &mut stop).await;

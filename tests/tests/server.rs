@@ -1,5 +1,4 @@
 //! `kiln up` and the commands that ask it.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::time::Duration;
 

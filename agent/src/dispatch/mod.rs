@@ -190,7 +190,7 @@ impl Dispatcher {
                 let build = grant.lease.build;
                 let work = Work::new(ctx, *grant, stop);
                 let task = async move {
-                    work.run().await;
+                    Box::pin(work.run()).await;
                     vec![Event::Ended(build, Lane::Build)]
                 };
                 self.own(build, Lane::Build, stopper, task);

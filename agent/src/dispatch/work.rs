@@ -25,6 +25,8 @@ use crate::stop::{StopReason, StopSignal};
 
 /// Events between the executor and whoever watches.
 const EVENT_BUFFER: usize = 1024;
+/// A watcher of a stopped build gets this long for what is left to show.
+const SHOW_AFTER_STOP: Duration = Duration::from_secs(1);
 /// An agent that shuts down waits this long for an answer that decides over a build.
 const LAST_ANSWER: Duration = Duration::from_secs(10);
 
@@ -133,6 +135,14 @@ impl Work {
 
     async fn execute(&mut self, order: Order) -> Result<Finished, Failure> {
         self.close_phase();
+        let finished = self.execute_and_forward(order).await?;
+        self.phases.extend(&finished.result.phases);
+        self.began = Instant::now();
+        self.phase = Phase::Clean;
+        Ok(finished)
+    }
+
+    async fn execute_and_forward(&self, order: Order) -> Result<Finished, Failure> {
         let (events, mut received) = mpsc::channel(EVENT_BUFFER);
         let running = executor::run(Arc::clone(&self.ctx.agent), order, events, self.stop.clone());
         let forwarding = async {
@@ -140,15 +150,22 @@ impl Work {
                 if let Event::Phase(phase) = &event {
                     self.reporter.progress(|snapshot| snapshot.phase = Some(*phase));
                 }
-                // Whoever watched may be gone; the build goes on.
-                let _ = self.watcher.send(event).await;
+                self.tell(event).await;
             }
         };
-        let (finished, ()) = tokio::join!(running, forwarding);
+        tokio::pin!(running, forwarding);
+        let finished = tokio::select! {
+            finished = &mut running => finished,
+            // It ends with the events, and these with the build.
+            () = &mut forwarding => return running.await.map_err(|e| self.fail(Reason::StoreCorrupt, chain(&e))),
+        };
         let finished = finished.map_err(|e| self.fail(Reason::StoreCorrupt, chain(&e)))?;
-        self.phases.extend(&finished.result.phases);
-        self.began = Instant::now();
-        self.phase = Phase::Clean;
+        if was_stopped(&finished) {
+            // Whoever does not read by then does not want to.
+            let _ = tokio::time::timeout(SHOW_AFTER_STOP, forwarding).await;
+        } else {
+            forwarding.await;
+        }
         Ok(finished)
     }
 
@@ -204,7 +221,7 @@ impl Work {
             let image = image.map_err(|e| self.fail(Reason::CandidateCorrupt, chain(&e)))?;
             let spoke = host.post_push(Arc::new(image), &self.stop).await;
             for line in spoke.iter().flat_map(executor::verdict_lines) {
-                let _ = self.watcher.send(Event::Note(line)).await;
+                self.tell(Event::Note(line)).await;
             }
             verdicts.extend(spoke);
         }
@@ -286,7 +303,16 @@ impl Work {
         self.close_phase();
         self.phase = phase;
         self.reporter.progress(|snapshot| snapshot.phase = Some(phase));
-        let _ = self.watcher.send(Event::Phase(phase)).await;
+        self.tell(Event::Phase(phase)).await;
+    }
+
+    /// A watcher that is gone, or that does not read when the build is to stop, holds nothing up.
+    async fn tell(&self, event: Event) {
+        let mut stop = self.stop.clone();
+        tokio::select! {
+            _ = self.watcher.send(event) => {}
+            _ = stop.stopped() => {}
+        }
     }
 
     fn close_phase(&mut self) {
@@ -310,6 +336,17 @@ impl Work {
         };
         Failure { reason: stop.reason.reason(), message: message.to_owned(), hint: None, ..failure }
     }
+}
+
+/// By a person, a server or its own time limit.
+fn was_stopped(finished: &Finished) -> bool {
+    let reason = finished.result.outcome.as_ref().err().map(|failure| failure.reason);
+    matches!(
+        reason,
+        Some(
+            Reason::Timeout | Reason::Cancelled | Reason::ClientGone | Reason::AgentDrain | Reason::AgentLost
+        )
+    )
 }
 
 /// Nobody needs the answer any more, or it does not come before this agent has to be gone.

@@ -137,7 +137,7 @@ fn say_outcomes(printer: Printer, build: &Build) {
         match outcome {
             Outcome::Moved => {}
             Outcome::Overtaken => {
-                printer.say(&format!("{target} belongs to a newer build and was left alone"))
+                printer.say(&format!("{target} belongs to a newer build and was left alone"));
             }
             Outcome::Failed(why) => printer.say(&format!("{target} was not written: {why}")),
         }
