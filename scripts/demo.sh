@@ -1,5 +1,6 @@
 #!/bin/bash
-# Shows Kiln at work: a build, a failing build, a cancelled build. Needs no network and leaves no process.
+# Shows Kiln at work: a build, a failing and a cancelled one, a published and a denied one. Needs no network and
+# leaves no process.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
@@ -83,6 +84,10 @@ prefix = "docker.io"
 [[registry.mirror]]
 location = "$registry"
 insecure = true
+
+[[registry]]
+prefix = "$registry"
+insecure = true
 TOML
 }
 
@@ -140,11 +145,41 @@ cancelled_build() {
     say "left the process group, because the kernel ends a PID namespace as a whole. Exit code 130; no job files."
 }
 
+published_build() {
+    bold "4. A build that is published, under a policy"
+    say "$ kiln build -t $registry/demo/site:1.0.0 --plugin tag-policy.wasm,settings=tags.json $example"
+    printf '{"deny": ["latest"], "semver": "release"}\n' >"$scratch/tags.json"
+    policy=$target/plugins/tag-policy.wasm,settings=$scratch/tags.json
+    build --secret "id=signing-key,src=$scratch/signing-key" --build-arg GREETING=hello \
+        --plugin "$policy" -t "$registry/demo/site:1.0.0" >"$scratch/published.log" 2>&1 ||
+        fail "$(cat "$scratch/published.log")"
+    indented <"$scratch/published.log"
+    grep -q '^kiln: cached [1-9]' "$scratch/published.log" || fail "no step of the second build was cached"
+    local link=$scratch/registry/docker/registry/v2/repositories/demo/site/_manifests/tags/1.0.0/current/link
+    say "What happened: what the first build made was taken over. The image went to the registry by digest, the policy"
+    say "let it pass, the record said that it may be published, and only then the tag moved: it is $(cat "$link")."
+}
+
+denied_build() {
+    bold "5. A tag that the policy denies"
+    say "$ kiln build -t $registry/demo/site:latest --plugin tag-policy.wasm,settings=tags.json $example"
+    local code=0
+    build --secret "id=signing-key,src=$scratch/signing-key" --plugin "$policy" \
+        -t "$registry/demo/site:latest" >"$scratch/denied.log" 2>&1 || code=$?
+    indented <"$scratch/denied.log"
+    [ "$code" -eq 3 ] || fail "a denied build must exit with 3, not $code"
+    [ ! -e "$scratch/registry/docker/registry/v2/repositories/demo/site/_manifests/tags/latest" ] ||
+        fail "the denied tag is there"
+    say "What happened: the policy spoke before anything was built. Exit code 3; the registry has no such tag."
+}
+
 trap cleanup EXIT
 bold "Preparing: compile kiln, start a registry on the loopback interface, push a base image to it"
 cargo build --quiet --locked --package=kiln --bin=kiln
 target=$(cargo metadata --format-version=1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
 kiln=$target/debug/kiln
+scripts/plugins.sh >"$scratch/plugins.log" 2>&1 || fail "$(tail -n 20 "$scratch/plugins.log")"
+policy=
 command=("$kiln" build --data "$scratch/state" --config "$scratch/kiln.toml" --progress plain)
 rm -rf "$results"
 mkdir -p "$results"
@@ -154,4 +189,6 @@ write_config
 good_build
 failing_build
 cancelled_build
+published_build
+denied_build
 bold "Done. Nothing of this runs any more; the results are in $results."

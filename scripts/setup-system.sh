@@ -56,13 +56,13 @@ missing_packages() {
     static_busybox || echo busybox-static
     have git || echo git
     have cc || echo gcc libc6-dev
+    missing_for_plugins
     if [ "$purpose" = test ]; then
         have openssl || echo openssl
         have skopeo || echo skopeo
         have ip || echo iproute2
         have curl || echo curl
         have shellcheck || echo shellcheck
-        missing_for_plugins
     fi
 }
 

@@ -2,6 +2,7 @@
 //!
 //! This program serves as the publish process of its own tests, so it has no harness but the lines below.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests outside of test functions")]
+#![expect(clippy::print_stdout, reason = "runners read the list of tests there")]
 
 use std::io::Write as _;
 use std::net::TcpListener;
