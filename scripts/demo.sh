@@ -145,18 +145,25 @@ cancelled_build() {
     say "left the process group, because the kernel ends a PID namespace as a whole. Exit code 130; no job files."
 }
 
+publish() { # TAG
+    build --secret "id=signing-key,src=$scratch/signing-key" --build-arg GREETING=hello \
+        --plugin "$policy" -t "$registry/demo/site:$1" >"$scratch/published.log" 2>&1 ||
+        fail "$(cat "$scratch/published.log")"
+}
+
 published_build() {
     bold "4. A build that is published, under a policy"
     say "$ kiln build -t $registry/demo/site:1.0.0 --plugin tag-policy.wasm,settings=tags.json $example"
     printf '{"deny": ["latest"], "semver": "release"}\n' >"$scratch/tags.json"
     policy=$target/plugins/tag-policy.wasm,settings=$scratch/tags.json
-    build --secret "id=signing-key,src=$scratch/signing-key" --build-arg GREETING=hello \
-        --plugin "$policy" -t "$registry/demo/site:1.0.0" >"$scratch/published.log" 2>&1 ||
-        fail "$(cat "$scratch/published.log")"
+    publish 1.0.0
     indented <"$scratch/published.log"
+    say "$ kiln build -t $registry/demo/site:1.0.1 …   (the same again, under another tag)"
+    publish 1.0.1
+    grep -e '^kiln: cached' -e '^kiln: wrote' "$scratch/published.log" | indented
     grep -q '^kiln: cached [1-9]' "$scratch/published.log" || fail "no step of the second build was cached"
     local link=$scratch/registry/docker/registry/v2/repositories/demo/site/_manifests/tags/1.0.0/current/link
-    say "What happened: what the first build made was taken over. The image went to the registry by digest, the policy"
+    say "What happened: the second build took over what the first one made. The image went to the registry by digest, the policy"
     say "let it pass, the record said that it may be published, and only then the tag moved: it is $(cat "$link")."
 }
 
