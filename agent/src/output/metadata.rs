@@ -1,5 +1,7 @@
 //! What `--metadata-file` and `--iidfile` say (pure).
 
+use std::collections::BTreeMap;
+
 use kiln_protocol::result::PhaseDuration;
 use kiln_protocol::{BuildId, Digest};
 use serde_json::{Map, Value, json};
@@ -14,10 +16,13 @@ pub fn metadata(build_id: &BuildId, sealed: Option<&Sealed>, phases: &[PhaseDura
         keys.insert("containerimage.config.digest".to_owned(), json!(sealed.image.config_digest));
         keys.insert("containerimage.descriptor".to_owned(), json!(sealed.descriptor()));
     }
-    let milliseconds: Map<_, _> =
-        phases.iter().map(|p| (p.phase.label().to_owned(), json!(p.milliseconds))).collect();
+    let mut milliseconds = BTreeMap::<&str, u64>::new();
+    // Client and agent both have a start, and a phase may be entered again.
+    for spent in phases {
+        *milliseconds.entry(spent.phase.label()).or_default() += spent.milliseconds;
+    }
     keys.insert("kiln.build.id".to_owned(), json!(build_id.to_string()));
-    keys.insert("kiln.build.phases.milliseconds".to_owned(), Value::Object(milliseconds));
+    keys.insert("kiln.build.phases.milliseconds".to_owned(), json!(milliseconds));
     Value::Object(keys)
 }
 
