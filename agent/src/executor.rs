@@ -272,10 +272,7 @@ impl Run {
             StopReason::Timeout => {
                 format!("it took longer than {}", show_duration(self.request.timeout))
             }
-            StopReason::ClientGone => "the client that waited for it is gone".to_owned(),
-            StopReason::Cancelled => "somebody asked for it to stop".to_owned(),
-            StopReason::Drain => "the agent shuts down".to_owned(),
-            StopReason::Revoked => "somebody else has it".to_owned(),
+            other => other.message().to_owned(),
         };
         let hint = (stop == StopReason::Timeout).then(|| "raise --timeout or build.timeout".to_owned());
         Failure { reason: stop.reason(), message, hint, limit: None, run_exit_code: None, ..failure }

@@ -31,6 +31,19 @@ impl StopReason {
     }
 }
 
+impl StopReason {
+    /// The same for people.
+    pub const fn message(self) -> &'static str {
+        match self {
+            Self::Drain => "the agent shuts down",
+            Self::Timeout => "it took longer than it may",
+            Self::ClientGone => "the client that waited for it is gone",
+            Self::Cancelled => "somebody asked for it to stop",
+            Self::Revoked => "somebody else has it",
+        }
+    }
+}
+
 /// A request to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stop {

@@ -3,9 +3,7 @@
 mod client;
 mod session;
 
-use std::fs::File;
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +12,6 @@ use kiln_agent::config::Config;
 use kiln_agent::dockerfile::Dockerfile;
 use kiln_agent::error::chain;
 use kiln_agent::executor::{self, Event};
-use kiln_agent::hooks::HookHost;
 use kiln_agent::hooks::config::PluginConfig;
 use kiln_agent::housekeeping;
 use kiln_agent::output::{self, OutputSpec};
@@ -27,20 +24,20 @@ use kiln_protocol::spec::ContextRef;
 use kiln_protocol::target::InvalidTarget;
 use kiln_protocol::{Reason, Target};
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use self::client::{Client, ClientParts};
 use crate::app::Exit;
 use crate::args::{BuildArgs, Progress};
-use crate::embedded::{self, Embedded};
+use crate::embedded::Embedded;
+use crate::packing::{self, PackedContext};
+use crate::pair::{self, Equipped};
 use crate::progress::Printer;
 use crate::signals::Signals;
-use crate::{context, credentials, dockerfile, inputs, paths};
+use crate::{credentials, dockerfile, inputs, paths};
 
 /// Lines that wait for a slow terminal; then the build waits too.
 const EVENT_BUFFER: usize = 1024;
-/// A context above this is worth a word: most are accidents.
-const LARGE_CONTEXT_BYTES: u64 = 100 * 1024 * 1024;
 /// Then whoever does not read does not want to.
 const SHOW_AFTER_STOP: Duration = Duration::from_secs(1);
 /// The namespace and the trust of what one person builds in one data directory.
@@ -95,19 +92,9 @@ fn plan(mut args: BuildArgs) -> Result<Plan, Exit> {
     let stdout_taken = outputs.iter().any(OutputSpec::uses_stdout);
     let secrets = inputs::secrets(&args.secret, environment)?;
     let source = dockerfile::read(&args.context, args.file.as_deref())?;
-    let request = BuildRequest {
-        dockerfile: source.text.clone(),
-        dockerfile_name: source.name.clone(),
-        build_args: inputs::build_args(&args.build_arg, environment)?,
-        labels: inputs::labels(&args.label)?,
-        target: args.target.clone(),
-        format: format(&args, &outputs)?,
-        timestamp: args.timestamp,
-        network: args.network.map_or(config.build.network, Into::into),
-        timeout: args.timeout.unwrap_or(config.build.timeout),
-        root_filesystem: outputs.iter().any(OutputSpec::wants_root_filesystem),
-        no_cache: args.no_cache,
-    };
+    let format = format(&args, &outputs)?;
+    let root_filesystem = outputs.iter().any(OutputSpec::wants_root_filesystem);
+    let request = BuildRequest { root_filesystem, ..inputs::request(&args, &source, &config, format)? };
     let printer = Printer::new(args.progress, stdout_taken);
     Ok(Plan { args, config, data, source, request, outputs, targets, secrets, printer })
 }
@@ -184,13 +171,17 @@ async fn execute(plan: Plan, mut stop: StopSignal) -> Result<u8, Exit> {
         _ = stop.stopped() => return Ok(CANCELLED),
     };
     let (events, receiver) = mpsc::channel(EVENT_BUFFER);
-    let Prepared { context, parts, hooks } = prepared;
+    let Prepared { context, parts, equipped, mut pruning } = prepared;
     let client = Arc::new(Client::new(Arc::clone(&agent), parts, stop.clone(), events));
     let supplies: Arc<dyn kiln_agent::dispatch::Supplies> = Arc::clone(&client) as _;
-    let embedded = Embedded::start(Arc::clone(&agent), hooks, supplies, 1).await?;
+    let embedded = Embedded::start(equipped, supplies).await?;
     let printing = print(plan.printer, receiver);
     let ended = session::follow(&plan, &embedded, &client, context, &mut stop).await;
     embedded.end().await;
+    tokio::select! {
+        _ = pruning.join_next() => {}
+        _ = stop.stopped() => {}
+    }
     let seen = client.seen();
     let refused = client.refused();
     let stopped = ended.as_ref().is_ok_and(was_stopped);
@@ -251,21 +242,28 @@ fn was_stopped(build: &Build) -> bool {
 struct Prepared {
     context: ContextRef,
     parts: ClientParts,
-    hooks: Option<Arc<HookHost>>,
+    equipped: Equipped,
+    /// Goes on beside the build.
+    pruning: JoinSet<()>,
 }
 
-async fn prepare(plan: &Plan, agent: &Agent, clock: &mut Clock) -> Result<Prepared, Exit> {
+async fn prepare(plan: &Plan, agent: &Arc<Agent>, clock: &mut Clock) -> Result<Prepared, Exit> {
     match housekeeping::reclaim(agent).await {
         Ok(0) => {}
         Ok(count) => plan.printer.say(&format!("cleaned up after {count} builds that were killed")),
         Err(error) => plan.printer.say(&format!("cannot clean up after a killed build: {}", chain(&error))),
     }
-    keep_below_mark(plan, agent).await;
-    let free = agent.state.require_free(agent.config.data.min_free);
-    free.map_err(|e| Exit::system(chain(&e)).with_hint("run `kiln prune`"))?;
-    let hooks = embedded::load_hooks(agent).await?;
+    let mut pruning = JoinSet::new();
+    pruning.spawn(keep_below_mark(plan.printer, Arc::clone(agent)));
+    let enough = || agent.state.require_free(agent.config.data.min_free);
+    if enough().is_err() {
+        // A panic in it was shown.
+        let _ = pruning.join_next().await;
+    }
+    enough().map_err(|e| Exit::system(chain(&e)).with_hint("run `kiln prune`"))?;
+    let equipped = pair::equip(Arc::clone(agent)).await?;
     clock.lap(Phase::Start);
-    let (archive, context) = pack(plan, agent).await?;
+    let PackedContext { file: archive, reference: context } = pack(plan, agent).await?;
     clock.lap(Phase::Pack);
     let credentials = find_credentials(plan, agent).await?;
     let parts = ClientParts {
@@ -278,54 +276,21 @@ async fn prepare(plan: &Plan, agent: &Agent, clock: &mut Clock) -> Result<Prepar
         metadata_file: plan.args.metadata_file.clone(),
         before: std::mem::take(&mut clock.phases),
     };
-    Ok(Prepared { context, parts, hooks })
+    Ok(Prepared { context, parts, equipped, pruning })
 }
 
 /// Bounds what earlier builds keep. A failure costs disk, not the build.
-async fn keep_below_mark(plan: &Plan, agent: &Agent) {
-    if let Err(error) = housekeeping::prune(agent, false).await {
-        plan.printer.say(&format!("cannot delete old content: {}", chain(&error)));
+async fn keep_below_mark(printer: Printer, agent: Arc<Agent>) {
+    if let Err(error) = housekeeping::prune(&agent, false).await {
+        printer.say(&format!("cannot delete old content: {}", chain(&error)));
     }
 }
 
-async fn pack(plan: &Plan, agent: &Agent) -> Result<(File, ContextRef), Exit> {
-    let (context, dockerfile) = (plan.args.context.clone(), plan.source.path.clone());
+async fn pack(plan: &Plan, agent: &Agent) -> Result<PackedContext, Exit> {
+    let (root, source, printer) = (plan.args.context.clone(), plan.source.clone(), plan.printer);
     let directory = agent.state.root().to_owned();
-    let packing = tokio::task::spawn_blocking(move || pack_into(&directory, &context, dockerfile.as_deref()));
-    let (file, packed) = packing.await.map_err(|e| Exit::system(format!("pack the context: {e}")))??;
-    let summary = format!("context {} ({} entries, {} bytes)", packed.digest, packed.entries, packed.bytes);
-    plan.printer.say(&summary);
-    for note in &packed.skipped {
-        plan.printer.say(&format!("skipped {note}"));
-    }
-    if packed.bytes > LARGE_CONTEXT_BYTES {
-        plan.printer.say("the context is large; a .dockerignore can leave files out. The largest:");
-        for (path, bytes) in &packed.largest {
-            plan.printer.say(&format!("  {bytes:>12} {}", path.display()));
-        }
-    }
-    Ok((file, ContextRef { digest: packed.digest, size: packed.bytes }))
-}
-
-/// Into a file without a name, so that a killed build leaves no context behind.
-fn pack_into(
-    directory: &Path,
-    context: &Path,
-    dockerfile: Option<&Path>,
-) -> Result<(File, context::Packed), Exit> {
-    let ignore = context::load(context, dockerfile).map_err(|e| Exit::usage(chain(&e)))?;
-    let failed =
-        |e: std::io::Error| Exit::system(format!("pack the context in {}: {e}", directory.display()));
-    let file = tempfile::NamedTempFile::with_prefix_in("context-", directory).map_err(failed)?;
-    let mut out = std::io::BufWriter::with_capacity(256 * 1024, file.as_file());
-    let packed =
-        context::pack(context, &ignore, &mut out).map_err(|e| Exit { code: 1, ..Exit::usage(chain(&e)) })?;
-    out.flush().map_err(failed)?;
-    drop(out);
-    // Only a descriptor that cannot write is used from here on.
-    let reopened = File::open(file.path()).map_err(failed)?;
-    file.close().map_err(failed)?;
-    Ok((reopened, packed))
+    let packing = tokio::task::spawn_blocking(move || packing::pack(&directory, &root, &source, printer));
+    packing.await.map_err(|e| Exit::system(format!("pack the context: {e}")))?
 }
 
 /// Credential helpers run here, in the client, and only for registries that this build uses.

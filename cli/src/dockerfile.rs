@@ -15,7 +15,7 @@ const MAX_BYTES: u64 = 1024 * 1024;
 const DEFAULT_NAMES: [&str; 2] = ["Dockerfile", "Containerfile"];
 
 /// A Dockerfile as the client read it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Source {
     /// Its text.
     pub(crate) text: String,

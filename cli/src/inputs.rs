@@ -2,15 +2,40 @@
 
 use std::collections::BTreeMap;
 
+use kiln_agent::config::Config;
 use kiln_agent::executor::Secret;
-use kiln_protocol::request::{SECRET_ID_RULE, is_secret_id};
+use kiln_protocol::request::{BuildRequest, ImageFormat, SECRET_ID_RULE, is_secret_id};
 
 use crate::app::Exit;
+use crate::args::BuildArgs;
+use crate::dockerfile;
 
 /// `BuildKit`'s bound for one secret.
 const MAX_SECRET_BYTES: u64 = 500 * 1024;
 /// One argument of the kernel's argv is at most 128 KiB; the flag itself takes some.
 const MAX_VALUE_BYTES: usize = 120 * 1024;
+
+/// What a build is asked for by its flags, without files of its result.
+pub(crate) fn request(
+    args: &BuildArgs,
+    source: &dockerfile::Source,
+    config: &Config,
+    format: ImageFormat,
+) -> Result<BuildRequest, Exit> {
+    Ok(BuildRequest {
+        dockerfile: source.text.clone(),
+        dockerfile_name: source.name.clone(),
+        build_args: build_args(&args.build_arg, |name| std::env::var(name).ok())?,
+        labels: labels(&args.label)?,
+        target: args.target.clone(),
+        format,
+        timestamp: args.timestamp,
+        network: args.network.map_or(config.build.network, Into::into),
+        timeout: args.timeout.unwrap_or(config.build.timeout),
+        root_filesystem: false,
+        no_cache: args.no_cache,
+    })
+}
 
 /// `NAME=VALUE`, or a bare `NAME` whose value `lookup` knows. An unset bare name is dropped, as Docker does.
 pub(crate) fn build_args(

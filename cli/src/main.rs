@@ -10,6 +10,8 @@ mod dockerfile;
 mod doctor;
 mod embedded;
 mod inputs;
+mod packing;
+mod pair;
 mod paths;
 mod progress;
 mod prune;

@@ -5,36 +5,28 @@ mod server;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use kiln_agent::agent::Agent;
-use kiln_agent::dispatch::{self, Station, Wish};
+use kiln_agent::dispatch::Station;
 use kiln_agent::error::chain;
-use kiln_agent::hooks::HookHost;
 use kiln_agent::housekeeping;
 use kiln_orchestrator::api::{self, Api, Listener, Token};
-use kiln_orchestrator::core::{Orchestrator, Settings};
-use kiln_orchestrator::entropy::Entropy;
+use kiln_orchestrator::core::Orchestrator;
 use kiln_orchestrator::logs::LogSource;
-use kiln_orchestrator::run;
-use kiln_orchestrator::schedule::Limits;
 use kiln_protocol::id::{AgentId, BootId, Pool};
-use kiln_transport::{Blobs, MemoryBroker};
-use tokio::sync::watch;
-use tokio::task::JoinSet;
+use kiln_transport::Blobs;
 
 use self::server::Server;
 use crate::app::Exit;
 use crate::args::UpArgs;
+use crate::pair::{self, Pair};
 use crate::signals::Signals;
-use crate::{embedded, paths, remote, terminal};
+use crate::{paths, remote, terminal};
 
 /// The pool of a server that is alone.
 const POOL: &str = "default";
 /// Its only agent.
 const AGENT: &str = "local";
-/// What still runs at the end is given back within this time, or its lease runs out.
-const LAST_WORK: Duration = Duration::from_secs(20);
 
 /// Runs the command until a signal.
 pub(crate) fn run(args: &UpArgs) -> Result<u8, Exit> {
@@ -51,36 +43,25 @@ async fn up(args: &UpArgs, agent: Agent) -> Result<u8, Exit> {
     if let Err(error) = housekeeping::reclaim(&agent).await {
         terminal::say(&format!("cannot clean up after a killed build: {}", chain(&error)));
     }
-    let hooks = embedded::load_hooks(&agent).await?;
-    let api = api(&agent, hooks.as_deref()).await?;
-    let mut loops = JoinSet::new();
-    let broker = MemoryBroker::new(0);
+    let equipped = pair::equip(agent).await?;
+    let agent = &equipped.0;
     let pool: Pool = POOL.parse().map_err(|e| Exit::system(chain(&e)))?;
-    let bus = broker.connect("kiln-orchestrator");
-    let started = run::start(&api.orchestrator, &bus, std::slice::from_ref(&pool), &mut loops).await;
-    started.map_err(|e| Exit::system(chain(&e)))?;
+    // One-shot builds on the same directory have pools of their own.
+    let orchestrator = pair::orchestrator(&equipped, pool.clone()).await?;
+    let api = api(agent, Arc::clone(&orchestrator)).await?;
     let id: AgentId = AGENT.parse().map_err(|e| Exit::system(chain(&e)))?;
-    let bus = broker.connect(AGENT);
-    let pools = BTreeSet::from([pool]);
-    let station = Station { id, boot: BootId::generate(), pools, slots: args.slots };
-    let (wish, wished) = watch::channel(Wish::Work);
-    let supplies = Arc::new(Server::new(Arc::clone(&agent), api.contexts.clone()));
-    let mut working = JoinSet::new();
-    working.spawn(dispatch::run(station, (agent, hooks), supplies, bus, wished));
+    let station = Station { id, boot: BootId::generate(), pools: BTreeSet::from([pool]), slots: args.slots };
+    let supplies = Arc::new(Server::new(Arc::clone(agent), api.contexts.clone()));
+    let pair = Pair::start(Arc::clone(&orchestrator), station, equipped, supplies).await?;
     for listener in &listeners {
         terminal::say(&format!("listening on {}", listener.address()));
     }
-    let orchestrator = Arc::clone(&api.orchestrator);
     api::serve(api, listeners, async {
         signals.next().await;
         terminal::say("stopping: what runs is given back");
     })
     .await;
-    // The dispatcher may be gone already.
-    let _ = wish.send(Wish::Stop);
-    let _ = tokio::time::timeout(LAST_WORK, working.join_next()).await;
-    working.shutdown().await;
-    loops.shutdown().await;
+    pair.end().await;
     orchestrator.store().close().await;
     Ok(0)
 }
@@ -96,18 +77,9 @@ async fn listen(args: &UpArgs, data: &Path) -> Result<Vec<Listener>, Exit> {
     Ok(listeners)
 }
 
-async fn api(agent: &Arc<Agent>, hooks: Option<&HookHost>) -> Result<Api, Exit> {
-    let failed = |e: &dyn std::error::Error| Exit::system(chain(e));
-    let store = embedded::open_store(agent.state.root()).await?;
-    let contexts = Blobs::directory(&agent.state.path("contexts")).await.map_err(|e| failed(&e))?;
-    let settings = Settings {
-        // One person's server is never unfair to anybody.
-        limits: Limits { per_namespace: u32::MAX },
-        policies: embedded::rules(hooks),
-        // One-shot builds on the same directory have pools of their own.
-        only_pool: Some(POOL.parse().map_err(|e| Exit::system(chain(&e)))?),
-    };
-    let orchestrator = Arc::new(Orchestrator::new(store, settings, Entropy::System));
+async fn api(agent: &Arc<Agent>, orchestrator: Arc<Orchestrator>) -> Result<Api, Exit> {
+    let contexts = Blobs::directory(&agent.state.path("contexts")).await;
+    let contexts = contexts.map_err(|e| Exit::system(chain(&e)))?;
     let max_context_bytes = agent.config.context.max_packed_bytes;
     let agent = Arc::clone(agent);
     let logs = LogSource::files(move |build, attempt| agent.state.log_path(build, attempt));

@@ -132,7 +132,6 @@ impl Orchestrator {
         let after = self.save(&mut tx, &found, after).await?;
         tx.audit(actor, "cancel", Some(id), reason.label()).await?;
         tx.commit().await?;
-        self.wake.notify_waiters();
         Ok(after.state)
     }
 
@@ -148,7 +147,6 @@ impl Orchestrator {
         let after = self.save(&mut tx, &found, after).await?;
         tx.audit(actor, "replay", Some(id), if take_head { "take-head" } else { "" }).await?;
         tx.commit().await?;
-        self.wake.notify_waiters();
         Ok(after.state)
     }
 
@@ -178,7 +176,6 @@ impl Orchestrator {
             self.save(&mut tx, &found, after).await?;
         }
         tx.commit().await?;
-        self.wake.notify_waiters();
         Ok(ended)
     }
 }

@@ -7,7 +7,6 @@ use kiln_protocol::id::{LeaseToken, Pool};
 use kiln_protocol::message::{Cancel, StatusEvent};
 use kiln_protocol::state::IllegalTransition;
 use kiln_protocol::{BuildId, topology};
-use tokio::sync::Notify;
 
 use crate::build::{Build, Micros};
 use crate::decide::{self, Tries};
@@ -33,8 +32,6 @@ pub struct Orchestrator {
     pub(crate) store: Store,
     pub(crate) settings: Settings,
     pub(crate) entropy: Entropy,
-    /// Something may be due: a build, a message.
-    pub(crate) wake: Notify,
 }
 
 /// Something cannot be recorded or decided now.
@@ -57,18 +54,12 @@ pub enum CoreError {
 impl Orchestrator {
     /// On this record.
     pub fn new(store: Store, settings: Settings, entropy: Entropy) -> Self {
-        Self { store, settings, entropy, wake: Notify::new() }
+        Self { store, settings, entropy }
     }
 
     /// The record.
     pub const fn store(&self) -> &Store {
         &self.store
-    }
-
-    /// Returns when a build changed, at the latest after this long. What changes from the moment of the call counts.
-    pub fn changed(&self, at_most: std::time::Duration) -> impl Future<Output = ()> + '_ {
-        let woken = self.wake.notified();
-        async move { drop(tokio::time::timeout(at_most, woken).await) }
     }
 
     pub(crate) fn fresh_token(&self) -> LeaseToken {
@@ -121,7 +112,6 @@ impl Orchestrator {
         tx.append_event(event).await?;
         let key = topology::status(&event.namespace);
         tx.send(&Outgoing::new(topology::EVENTS, key, event)?).await?;
-        self.wake.notify_waiters();
         Ok(())
     }
 

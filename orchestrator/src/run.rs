@@ -63,7 +63,7 @@ async fn keep_on(orchestrator: Arc<Orchestrator>, bus: Bus, work: Work) {
 async fn relay(orchestrator: Arc<Orchestrator>, bus: Bus) {
     loop {
         // Before looking, so that what happens while we look wakes us.
-        let woken = orchestrator.wake.notified();
+        let woken = orchestrator.store().next_change();
         let sent = log_error("relay messages", orchestrator.relay(&bus).await).unwrap_or(0);
         let hinted = log_error("hint at builds", orchestrator.hint(&bus).await).unwrap_or(0);
         if sent + hinted == 0 {

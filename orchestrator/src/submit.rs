@@ -89,7 +89,6 @@ impl Orchestrator {
         self.publish_event(&mut tx, &event).await?;
         tx.audit(&spec.requester, "submit", Some(id), "").await?;
         tx.commit().await?;
-        self.wake.notify_waiters();
         Ok(Submitted { id, repeated: false })
     }
 

@@ -13,10 +13,10 @@ pub enum Phase {
     Start,
     /// Pack the context, in the client.
     Pack,
-    /// Read the request and the Dockerfile.
-    Plan,
     /// Ask the registries of the targets whether the image may go there.
     Probe,
+    /// Read the request and the Dockerfile.
+    Plan,
     /// Resolve base images to digests.
     Resolve,
     /// Ask the policies about the build.
@@ -53,8 +53,8 @@ impl Phase {
         match self {
             Self::Start => "start",
             Self::Pack => "pack",
-            Self::Plan => "plan",
             Self::Probe => "probe",
+            Self::Plan => "plan",
             Self::Resolve => "resolve",
             Self::PreBuild => "pre-build",
             Self::Fetch => "fetch",
@@ -112,6 +112,13 @@ pub struct Failure {
     pub limit: Option<LimitReport>,
     /// Exit code of the RUN command, if that is what failed.
     pub run_exit_code: Option<i32>,
+}
+
+impl Failure {
+    /// A failure without a place in the Dockerfile.
+    pub const fn new(reason: Reason, phase: Phase, message: String) -> Self {
+        Self { reason, phase, message, location: None, hint: None, limit: None, run_exit_code: None }
+    }
 }
 
 /// How much the build printed.

@@ -118,9 +118,10 @@ fn report(name: &str, hand: &[f64], kiln: &[f64], parts: &BTreeMap<String, Vec<f
     println!("  kiln    {:>8.0}", median(kiln));
     println!("  added   {:>8.0}   ratio {:.2}", median(&added), median(&ratio));
     let mut total = 0.0;
-    for part in
-        ["start", "pack", "plan", "fetch", "slot", "unpack", "build", "export", "seal", "clean", "output"]
-    {
+    for part in [
+        "start", "pack", "plan", "resolve", "fetch", "slot", "unpack", "build", "export", "seal", "clean",
+        "commit", "publish", "output",
+    ] {
         let spent = parts.get(part).map_or(0.0, |values| median(values));
         total += spent;
         println!("    {part:<8} {spent:>6.0}");

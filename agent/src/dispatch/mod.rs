@@ -18,19 +18,19 @@ use kiln_protocol::BuildId;
 use kiln_protocol::envelope;
 use kiln_protocol::id::{AgentId, BootId, ClaimId, Pool};
 use kiln_protocol::message::{
-    Answer, AttemptEnd, BuildGrant, Cancel, ClaimAnswer, ClaimRequest, Lane, PublishGrant, RenewRequest,
-    Request, TagCheck,
+    Answer, AttemptEnd, BuildGrant, Cancel, ClaimAnswer, ClaimRequest, Lane, LeaseKey, PublishGrant,
+    RenewRequest, Request, TagCheck,
 };
-use kiln_protocol::result::Phase;
+use kiln_protocol::result::{Failure, Phase};
 use kiln_protocol::topology;
 use kiln_transport::topology::{Binding, Bound, Overflow, Queue, QueueKind};
-use kiln_transport::{Bus, BusError, Delivery, Topology};
+use kiln_transport::{Backoff, Bus, BusError, Delivery, Topology};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{Id, JoinError, JoinSet};
 
 use self::authority::Authority;
 use self::core::{Core, Event, Reaction};
-use self::publish::{Pusher, Tags, failure};
+use self::publish::{Pusher, Tags};
 use self::spool::Spool;
 use self::work::Work;
 use crate::agent::Agent;
@@ -50,6 +50,8 @@ const PUBLISH_EVERY: Duration = Duration::from_secs(5);
 const AGAIN_AFTER: Duration = Duration::from_millis(200);
 /// An agent that ends waits this long for its last reports to be confirmed.
 const LAST_CONFIRM: Duration = Duration::from_secs(10);
+/// Pauses between two questions whether a report was taken. It mostly was after the first.
+const CONFIRM_PAUSE: Backoff = Backoff::new(Duration::from_millis(4), Duration::from_millis(500));
 /// Cancels that wait for this agent; the next renewal says the same.
 const CONTROL_BOUND: Bound = Bound { messages: 1000, bytes: 1024 * 1024 };
 /// A cancel that nobody took for this long is known from renewals.
@@ -90,7 +92,7 @@ pub async fn run(
     bus: Bus,
     wish: watch::Receiver<Wish>,
 ) -> std::io::Result<()> {
-    let spool = Spool::open(&agent.state.path(&format!("reports/{}", station.id)))?;
+    let spool = Spool::open(&agent.state.path(&format!("reports/{}", station.id)), station.boot)?;
     let slots = station.slots;
     let ctx = Arc::new(Context {
         id: station.id.clone(),
@@ -107,6 +109,10 @@ pub async fn run(
     let mut background = JoinSet::new();
     background.spawn(send_reports(Arc::clone(&ctx)));
     background.spawn(listen(Arc::clone(&ctx), commands));
+    // A new run that makes itself known ends the leases of the one before.
+    if tokio::time::timeout(LAST_CONFIRM, confirm_earlier(&ctx)).await.is_err() {
+        ctx.spool.forget_earlier();
+    }
     let dispatcher = Dispatcher {
         core: Core::new(usize::try_from(slots).unwrap_or(usize::MAX)),
         tasks: JoinSet::new(),
@@ -115,13 +121,7 @@ pub async fn run(
         ctx: Arc::clone(&ctx),
     };
     dispatcher.work(received).await;
-    let confirmed = async {
-        tokio::select! {
-            () = ctx.spool.until_confirmed() => {}
-            () = keep_renewing(&ctx) => {}
-        }
-    };
-    if tokio::time::timeout(LAST_CONFIRM, confirmed).await.is_err() {
+    if tokio::time::timeout(LAST_CONFIRM, confirm(&ctx, ctx.station.boot)).await.is_err() {
         tracing::warn!("the last reports were not confirmed; their builds count as lost");
     }
     background.shutdown().await;
@@ -348,18 +348,18 @@ fn control(agent: &AgentId, name: &str) -> Topology {
     Topology { queues: vec![queue], bindings: vec![binding], ..Topology::default() }
 }
 
-/// Prolongs every lease, and hears what became of reports.
-async fn renew_all(
-    ctx: Arc<Context>,
-    mut leases: Vec<kiln_protocol::message::LeaseKey>,
-    free: usize,
-) -> Vec<Event> {
-    leases.extend(ctx.spool.unconfirmed());
+/// Prolongs every lease of this run, and hears what became of its reports.
+async fn renew_all(ctx: Arc<Context>, mut leases: Vec<LeaseKey>, free: usize) -> Vec<Event> {
+    leases.extend(ctx.spool.unconfirmed(ctx.station.boot));
     leases.sort_by_key(|key| (key.build, key.attempt));
     leases.dedup();
+    renew(&ctx, ctx.station.boot, leases, free).await
+}
+
+async fn renew(ctx: &Context, boot: BootId, leases: Vec<LeaseKey>, free: usize) -> Vec<Event> {
     let request = Request::Renew(RenewRequest {
         agent: ctx.id.clone(),
-        boot: ctx.station.boot,
+        boot,
         pools: ctx.station.pools.clone(),
         policies: ctx.hooks.as_ref().map(|host| host.keys()).unwrap_or_default(),
         slots: ctx.station.slots,
@@ -382,17 +382,31 @@ async fn renew_all(
     events
 }
 
-async fn keep_renewing(ctx: &Arc<Context>) {
+/// Waits until everything that a run had to report is confirmed.
+async fn confirm(ctx: &Context, boot: BootId) {
+    let mut failures = 0;
     loop {
-        renew_all(Arc::clone(ctx), Vec::new(), 0).await;
-        tokio::time::sleep(AGAIN_AFTER).await;
+        let waiting = ctx.spool.unconfirmed(boot);
+        if waiting.is_empty() {
+            return;
+        }
+        renew(ctx, boot, waiting, 0).await;
+        tokio::time::sleep(CONFIRM_PAUSE.delay(failures, crate::time::jitter())).await;
+        failures += 1;
+    }
+}
+
+async fn confirm_earlier(ctx: &Context) {
+    for boot in ctx.spool.earlier() {
+        confirm(ctx, boot).await;
     }
 }
 
 /// A build that was given to an agent that is leaving.
 fn hand_back(ctx: &Context, grant: &BuildGrant) {
     let reporter = ctx.spool.reporter(grant.lease);
-    let drain = failure(kiln_protocol::Reason::AgentDrain, Phase::Start, "the agent shuts down".to_owned());
+    let drain =
+        Failure::new(kiln_protocol::Reason::AgentDrain, Phase::Start, "the agent shuts down".to_owned());
     reporter.durable(|snapshot| snapshot.end = Some(AttemptEnd::Failed(Box::new(drain))));
 }
 

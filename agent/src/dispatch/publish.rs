@@ -33,7 +33,7 @@ pub(super) struct Pusher {
 impl Pusher {
     pub(super) fn new(ctx: &Context, credentials: Credentials) -> Result<Self, Failure> {
         let config = &ctx.agent.config;
-        let unfit = |message: String| failure(Reason::BadRequest, Phase::Probe, message);
+        let unfit = |message: String| Failure::new(Reason::BadRequest, Phase::Probe, message);
         let ca: Vec<Vec<u8>> = ctx.agent.own_ca().map_err(|e| unfit(chain(&e)))?.into_iter().collect();
         let publisher = Publisher::new(config.registry.clone(), credentials, config.build.proxy.clone(), &ca);
         Ok(Self { publisher: publisher.map_err(|e| unfit(chain(&e)))? })
@@ -199,15 +199,10 @@ fn reference(target: &Target) -> Result<Reference, Failure> {
 }
 
 fn parse(text: &str) -> Result<Reference, Failure> {
-    text.parse().map_err(|e| failure(Reason::BadRequest, Phase::Probe, format!("{text}: {e}")))
+    text.parse().map_err(|e| Failure::new(Reason::BadRequest, Phase::Probe, format!("{text}: {e}")))
 }
 
 fn refused(error: &PublishError, phase: Phase) -> Failure {
     let hint = error.hint().map(str::to_owned);
-    Failure { hint, ..failure(error.reason(), phase, chain(error)) }
-}
-
-/// A failure without a place in the Dockerfile.
-pub(super) fn failure(reason: Reason, phase: Phase, message: String) -> Failure {
-    Failure { reason, phase, message, location: None, hint: None, limit: None, run_exit_code: None }
+    Failure { hint, ..Failure::new(error.reason(), phase, chain(error)) }
 }

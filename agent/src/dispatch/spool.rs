@@ -2,18 +2,20 @@
 //!
 //! A report says everything about its attempt, so only the newest one of each attempt is kept. It lies on disk
 //! from the moment something happened that the orchestrator must not miss, until a renewal says that it was taken.
+//! What an earlier run could not get confirmed is sent by the next one, before that run's leases end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_protocol::BuildId;
 use kiln_protocol::envelope::{self, Message as _};
-use kiln_protocol::id::{AgentId, MessageId};
+use kiln_protocol::id::{AgentId, BootId, MessageId};
 use kiln_protocol::message::{LeaseKey, Renewed, Report, Snapshot, Standing};
 use kiln_protocol::topology;
 use kiln_transport::{Bus, Message};
+use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use crate::error::chain;
@@ -22,12 +24,22 @@ use crate::error::chain;
 #[derive(Debug)]
 pub(super) struct Spool {
     directory: PathBuf,
+    boot: BootId,
     entries: Mutex<BTreeMap<BuildId, Entry>>,
     changed: Notify,
 }
 
+/// A report as it lies on disk.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Kept {
+    /// The run whose lease it is.
+    boot: BootId,
+    report: Report,
+}
+
 #[derive(Debug, Clone)]
 struct Entry {
+    boot: BootId,
     report: Report,
     /// It must reach the orchestrator whatever happens.
     durable: bool,
@@ -35,17 +47,42 @@ struct Entry {
 }
 
 impl Spool {
-    /// Opens the spool. Reports of an earlier run are dropped: its leases are lost with it.
-    pub(super) fn open(directory: &Path) -> std::io::Result<Arc<Self>> {
-        if directory.exists() {
-            std::fs::remove_dir_all(directory)?;
-        }
+    /// Opens the spool of a run. Reports of earlier runs are in it.
+    pub(super) fn open(directory: &Path, boot: BootId) -> std::io::Result<Arc<Self>> {
         std::fs::create_dir_all(directory)?;
-        Ok(Arc::new(Self {
-            directory: directory.to_owned(),
-            entries: Mutex::new(BTreeMap::new()),
-            changed: Notify::new(),
-        }))
+        let mut entries = BTreeMap::new();
+        for file in std::fs::read_dir(directory)? {
+            let path = file?.path();
+            match read(&path) {
+                Ok(Kept { boot, report }) => {
+                    entries.insert(report.lease.build, Entry { boot, report, durable: true, sent: false });
+                }
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "a report that cannot be read is dropped");
+                    std::fs::remove_file(&path)?;
+                }
+            }
+        }
+        let (directory, entries) = (directory.to_owned(), Mutex::new(entries));
+        Ok(Arc::new(Self { directory, boot, entries, changed: Notify::new() }))
+    }
+
+    /// Earlier runs with reports that nobody has confirmed.
+    pub(super) fn earlier(&self) -> BTreeSet<BootId> {
+        self.entries().values().map(|entry| entry.boot).filter(|boot| *boot != self.boot).collect()
+    }
+
+    /// Gives up the reports of earlier runs: their leases are lost.
+    pub(super) fn forget_earlier(&self) {
+        self.entries().retain(|build, entry| {
+            let ours = entry.boot == self.boot;
+            if !ours {
+                tracing::warn!(%build, "the last report of an earlier run was not confirmed");
+                // One that stays is read again by the next run, and given up again.
+                let _ = std::fs::remove_file(self.path(*build));
+            }
+            ours
+        });
     }
 
     fn entries(&self) -> MutexGuard<'_, BTreeMap<BuildId, Entry>> {
@@ -62,7 +99,7 @@ impl Spool {
         let mut entries = self.entries();
         let durable =
             durable || entries.get(&build).is_some_and(|e| e.durable && e.report.lease == report.lease);
-        entries.insert(build, Entry { report, durable, sent: false });
+        entries.insert(build, Entry { boot: self.boot, report, durable, sent: false });
         drop(entries);
         self.changed.notify_one();
     }
@@ -70,7 +107,8 @@ impl Spool {
     fn write(&self, report: &Report) -> std::io::Result<()> {
         let path = self.path(report.lease.build);
         let mut file = tempfile::NamedTempFile::new_in(&self.directory)?;
-        file.write_all(&serde_json::to_vec(report)?)?;
+        let kept = Kept { boot: self.boot, report: report.clone() };
+        file.write_all(&serde_json::to_vec(&kept)?)?;
         file.as_file().sync_all()?;
         file.persist(&path)?;
         std::fs::File::open(&self.directory)?.sync_all()
@@ -80,9 +118,11 @@ impl Spool {
         self.directory.join(format!("{build}.json"))
     }
 
-    /// Leases of reports that the orchestrator must still confirm.
-    pub(super) fn unconfirmed(&self) -> Vec<LeaseKey> {
-        self.entries().values().filter(|entry| entry.durable).map(|entry| entry.report.lease).collect()
+    /// Leases of a run's reports that the orchestrator must still confirm.
+    pub(super) fn unconfirmed(&self, boot: BootId) -> Vec<LeaseKey> {
+        let entries = self.entries();
+        let waiting = entries.values().filter(|entry| entry.durable && entry.boot == boot);
+        waiting.map(|entry| entry.report.lease).collect()
     }
 
     /// A renewal said what was taken. Reports that were not are sent again.
@@ -96,25 +136,13 @@ impl Spool {
         if over || (taken && entry.report.snapshot.end.is_some()) {
             entries.remove(&key.build);
             drop(entries);
-            // A file that stays is dropped at the next start.
+            // A file that stays is sent again by the next run, which changes nothing.
             let _ = std::fs::remove_file(self.path(key.build));
             self.changed.notify_waiters();
         } else if !taken {
             entry.sent = false;
             drop(entries);
             self.changed.notify_one();
-        }
-    }
-
-    /// Waits until everything durable is confirmed.
-    pub(super) async fn until_confirmed(&self) {
-        loop {
-            let changed = self.changed.notified();
-            if self.unconfirmed().is_empty() {
-                return;
-            }
-            // Renewals go on beside this, so the answer comes without being asked for.
-            let _ = tokio::time::timeout(std::time::Duration::from_millis(100), changed).await;
         }
     }
 
@@ -146,6 +174,10 @@ impl Spool {
     pub(super) fn reporter(self: &Arc<Self>, lease: LeaseKey) -> Reporter {
         Reporter { spool: Arc::clone(self), lease, known: Mutex::default() }
     }
+}
+
+fn read(path: &Path) -> std::io::Result<Kept> {
+    Ok(serde_json::from_slice(&std::fs::read(path)?)?)
 }
 
 async fn send(bus: &Bus, agent: &AgentId, report: &Report) -> Result<(), String> {
@@ -206,20 +238,38 @@ mod tests {
     #[test]
     fn a_durable_report_stays_until_it_is_confirmed() {
         let temp = tempfile::tempdir().unwrap();
-        let spool = Spool::open(&temp.path().join("spool")).unwrap();
+        let boot = BootId::generate();
+        let spool = Spool::open(&temp.path().join("spool"), boot).unwrap();
         let key = key();
         let reporter = spool.reporter(key);
         reporter.progress(|_| {});
-        assert!(spool.unconfirmed().is_empty());
+        assert!(spool.unconfirmed(boot).is_empty());
         reporter.durable(|snapshot| snapshot.end = Some(AttemptEnd::Answered));
-        assert_eq!(spool.unconfirmed(), [key]);
+        assert_eq!(spool.unconfirmed(boot), [key]);
         assert!(spool.path(key.build).exists());
         spool.settle(&key, &Renewed { standing: Standing::Held, last_seq: 1 });
-        assert_eq!(spool.unconfirmed(), [key], "an older one was taken");
+        assert_eq!(spool.unconfirmed(boot), [key], "an older one was taken");
         let other = LeaseKey { token: LeaseToken::generate(), ..key };
         spool.settle(&other, &Renewed { standing: Standing::Revoked, last_seq: u64::MAX });
-        assert_eq!(spool.unconfirmed(), [key], "another lease was revoked");
+        assert_eq!(spool.unconfirmed(boot), [key], "another lease was revoked");
         spool.settle(&key, &Renewed { standing: Standing::Held, last_seq: 2 });
-        assert!(spool.unconfirmed().is_empty() && !spool.path(key.build).exists());
+        assert!(spool.unconfirmed(boot).is_empty() && !spool.path(key.build).exists());
+    }
+
+    #[test]
+    fn what_was_not_confirmed_is_found_by_the_next_run() {
+        let temp = tempfile::tempdir().unwrap();
+        let (first, second) = (BootId::generate(), BootId::generate());
+        let (kept, seen) = (key(), key());
+        let spool = Spool::open(temp.path(), first).unwrap();
+        spool.reporter(kept).durable(|snapshot| snapshot.end = Some(AttemptEnd::Answered));
+        spool.reporter(seen).progress(|_| {});
+        std::fs::write(temp.path().join("torn.json"), "{").unwrap();
+        let spool = Spool::open(temp.path(), second).unwrap();
+        assert_eq!(spool.earlier(), BTreeSet::from([first]));
+        assert_eq!((spool.unconfirmed(first), spool.unconfirmed(second)), (vec![kept], vec![]));
+        assert!(!temp.path().join("torn.json").exists());
+        spool.forget_earlier();
+        assert!(spool.earlier().is_empty() && !spool.path(kept.build).exists());
     }
 }

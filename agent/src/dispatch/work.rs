@@ -12,7 +12,7 @@ use kiln_protocol::{Reason, Target};
 use tokio::sync::mpsc;
 
 use super::Context;
-use super::publish::{Pusher, Tags, failure, leaving, names};
+use super::publish::{Pusher, Tags, leaving, names};
 use super::spool::Reporter;
 use super::supplies::Ended;
 use crate::error::chain;
@@ -112,6 +112,7 @@ impl Work {
         let policies = self.ctx.hooks.as_ref().map(|host| Policies {
             host: Arc::clone(host),
             requester: spec.requester.clone(),
+            context: spec.context.digest.clone(),
             places,
         });
         let key = LayerKey {
@@ -322,19 +323,18 @@ impl Work {
     }
 
     fn fail(&self, reason: Reason, message: String) -> Failure {
-        failure(reason, self.phase, message)
+        Failure::new(reason, self.phase, message)
     }
 
     /// A stop decides the reason, whatever the interrupted step said.
     fn or_stopped(&self, failure: Failure) -> Failure {
         let Some(stop) = self.stop.current() else { return failure };
-        let message = match stop.reason {
-            StopReason::ClientGone => "the client that waited for it is gone",
-            StopReason::Drain => "the agent shuts down",
-            StopReason::Revoked => "somebody else has it",
-            StopReason::Timeout | StopReason::Cancelled => "somebody asked for it to stop",
-        };
-        Failure { reason: stop.reason.reason(), message: message.to_owned(), hint: None, ..failure }
+        Failure {
+            reason: stop.reason.reason(),
+            message: stop.reason.message().to_owned(),
+            hint: None,
+            ..failure
+        }
     }
 }
 

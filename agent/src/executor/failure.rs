@@ -17,15 +17,7 @@ const FULL_BELOW_BYTES: u64 = 32 * 1024 * 1024;
 impl Run {
     /// A failure of the present phase.
     pub(super) fn fail(&self, reason: Reason, message: impl Into<String>) -> Failure {
-        Failure {
-            reason,
-            phase: self.phase,
-            message: message.into(),
-            location: None,
-            hint: None,
-            limit: None,
-            run_exit_code: None,
-        }
+        Failure::new(reason, self.phase, message.into())
     }
 
     /// The slot was lost or could not be made.

@@ -3,7 +3,8 @@
 use std::io::Seek as _;
 use std::sync::Arc;
 
-use kiln_protocol::result::Failure;
+use kiln_protocol::request::BuildRequest;
+use kiln_protocol::result::{Failure, Location, Phase};
 use kiln_protocol::verdict::{self, Verdict};
 use kiln_protocol::{Digest, Reason};
 use serde_json::json;
@@ -22,6 +23,8 @@ pub struct Policies {
     pub host: Arc<HookHost>,
     /// Who asked for the build.
     pub requester: String,
+    /// sha256 of the packed context.
+    pub context: Digest,
     /// Where the image goes; empty if nowhere.
     pub places: Vec<Place>,
 }
@@ -44,7 +47,7 @@ impl Run {
         let places = if policies.places.is_empty() { vec![nowhere] } else { policies.places };
         for Place { repository, tags } in places {
             let mut view = BuildView { repository, tags, ..common.clone() };
-            view.input_digest = input_digest(&view, &self.request);
+            view.input_digest = input_digest(&view, &self.request, &policies.context);
             let view = Arc::new(view);
             let verdicts = policies.host.pre_build(Arc::clone(&view), &self.stop).await;
             self.tell_verdicts(&verdicts).await;
@@ -110,8 +113,7 @@ fn base_image(resolved: &Resolved) -> BaseImageView {
 }
 
 /// Names all that goes into the build: what the verdicts are about.
-fn input_digest(view: &BuildView, request: &kiln_protocol::request::BuildRequest) -> Digest {
-    let files = view.context.files().iter().map(|file| json!([file.path, file.size, file.mode]));
+fn input_digest(view: &BuildView, request: &BuildRequest, context: &Digest) -> Digest {
     let tags: Vec<&str> = view.tags.iter().map(|tag| tag.name.as_str()).collect();
     let bases = view.base_images.iter().map(|base| json!([base.reference, base.digest]));
     let input = json!({
@@ -119,7 +121,7 @@ fn input_digest(view: &BuildView, request: &kiln_protocol::request::BuildRequest
         "repository": view.repository,
         "tags": tags,
         "bases": bases.collect::<Vec<_>>(),
-        "files": files.collect::<Vec<_>>(),
+        "context": context,
     });
     Digest::from_sha256(sha2::Sha256::digest(input.to_string()).into())
 }
@@ -136,13 +138,9 @@ pub(crate) fn judged(verdicts: &[Verdict]) -> Result<(), Failure> {
         _ => "tell the owner of the plugin; `on_failure = \"open\"` would let builds pass without it",
     };
     Err(Failure {
-        reason,
-        phase: kiln_protocol::result::Phase::PreBuild,
-        message,
-        location: line.map(|(line, _)| kiln_protocol::result::Location { line, text: String::new() }),
+        location: line.map(|(line, _)| Location { line, text: String::new() }),
         hint: Some(hint.to_owned()),
-        limit: None,
-        run_exit_code: None,
+        ..Failure::new(reason, Phase::PreBuild, message)
     })
 }
 

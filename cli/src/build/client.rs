@@ -41,6 +41,18 @@ pub(super) struct Seen {
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) agent: Arc<Agent>,
+    pub(super) parts: ClientParts,
+    pub(super) stop: StopSignal,
+    /// The build, once it is submitted.
+    pub(super) id: OnceLock<BuildId>,
+    events: mpsc::Sender<Event>,
+    seen: Mutex<Option<Seen>>,
+    refused: Mutex<Option<Exit>>,
+}
+
+/// What the user gave, and what became of it so far.
+#[derive(Debug)]
+pub(super) struct ClientParts {
     pub(super) archive: File,
     pub(super) secrets: Vec<Secret>,
     pub(super) authfile: Option<PathBuf>,
@@ -52,25 +64,6 @@ pub(super) struct Client {
     pub(super) metadata_file: Option<PathBuf>,
     /// What the client's own parts took.
     pub(super) before: Vec<PhaseDuration>,
-    pub(super) stop: StopSignal,
-    /// The build, once it is submitted.
-    pub(super) id: OnceLock<BuildId>,
-    events: mpsc::Sender<Event>,
-    seen: Mutex<Option<Seen>>,
-    refused: Mutex<Option<Exit>>,
-}
-
-/// What a [`Client`] is made of.
-#[derive(Debug)]
-pub(super) struct ClientParts {
-    pub(super) archive: File,
-    pub(super) secrets: Vec<Secret>,
-    pub(super) authfile: Option<PathBuf>,
-    pub(super) credentials: Credentials,
-    pub(super) outputs: Vec<(String, OutputSpec)>,
-    pub(super) iidfile: Option<PathBuf>,
-    pub(super) metadata_file: Option<PathBuf>,
-    pub(super) before: Vec<PhaseDuration>,
 }
 
 impl Client {
@@ -80,24 +73,8 @@ impl Client {
         stop: StopSignal,
         events: mpsc::Sender<Event>,
     ) -> Self {
-        let ClientParts { archive, secrets, authfile, credentials, outputs, iidfile, metadata_file, before } =
-            parts;
-        Self {
-            agent,
-            archive,
-            secrets,
-            authfile,
-            credentials,
-            outputs,
-            iidfile,
-            metadata_file,
-            before,
-            stop,
-            id: OnceLock::new(),
-            events,
-            seen: Mutex::new(None),
-            refused: Mutex::new(None),
-        }
+        let (seen, refused) = (Mutex::new(None), Mutex::new(None));
+        Self { agent, parts, stop, id: OnceLock::new(), events, seen, refused }
     }
 
     /// What is known of the last attempt.
@@ -113,17 +90,17 @@ impl Client {
     /// For a build of a process that is gone.
     async fn find_credentials(&self, names: &[String]) -> Result<Credentials, Failure> {
         let environment = |name: &str| std::env::var_os(name);
-        let found = credentials::load(self.authfile.as_deref(), &environment, names).await;
-        found.map_err(|e| failure(Reason::Unauthorized, Phase::Start, chain(&e)))
+        let found = credentials::load(self.parts.authfile.as_deref(), &environment, names).await;
+        found.map_err(|e| Failure::new(Reason::Unauthorized, Phase::Start, chain(&e)))
     }
 
     fn gather(&self) -> Result<BuildInputs, Failure> {
-        let reopened = self.archive.try_clone().and_then(|mut archive| {
+        let reopened = self.parts.archive.try_clone().and_then(|mut archive| {
             archive.rewind()?;
             Ok(archive)
         });
-        let archive = reopened.map_err(|e| failure(Reason::ContextInvalid, Phase::Start, chain(&e)))?;
-        let (secrets, credentials) = (self.secrets.clone(), self.credentials.clone());
+        let archive = reopened.map_err(|e| Failure::new(Reason::ContextInvalid, Phase::Start, chain(&e)))?;
+        let (secrets, credentials) = (self.parts.secrets.clone(), self.parts.credentials.clone());
         Ok(BuildInputs { archive, secrets, credentials })
     }
 
@@ -133,7 +110,7 @@ impl Client {
         let Some(sealed) = &finished.image else { return outcomes };
         let should_stop = || self.stop.current().is_some_and(|stop| stop.force);
         let writer = output::Writer { blobs: &finished.blobs, should_stop: &should_stop };
-        for (text, spec) in &self.outputs {
+        for (text, spec) in &self.parts.outputs {
             let outcome = match self.write(finished, sealed, &writer, spec) {
                 Ok(()) => Outcome::Moved,
                 Err(error) => {
@@ -172,12 +149,12 @@ impl Client {
         let Some((finished, sealed)) = ended.finished.and_then(|f| Some((f, f.image.as_ref()?))) else {
             return Ok(());
         };
-        if let Some(path) = &self.iidfile {
+        if let Some(path) = &self.parts.iidfile {
             let id = output::image_id(&sealed.image.config_digest);
             output::write_text(path, &id).map_err(|e| output_failed(&e))?;
         }
-        if let Some(path) = &self.metadata_file {
-            let phases: Vec<PhaseDuration> = self.before.iter().chain(ended.phases).copied().collect();
+        if let Some(path) = &self.parts.metadata_file {
+            let phases: Vec<PhaseDuration> = self.parts.before.iter().chain(ended.phases).copied().collect();
             let mut metadata = output::metadata(&finished.result.build_id, Some(sealed), &phases);
             metadata["kiln.log"] = serde_json::json!(finished.result.log);
             if let Some(steps) = &finished.result.steps {
@@ -220,7 +197,7 @@ impl Supplies for Client {
         repositories: Vec<String>,
     ) -> BoxFuture<'a, Result<Credentials, Failure>> {
         if self.id.get() == Some(&build) {
-            return std::future::ready(Ok(self.credentials.clone())).boxed();
+            return std::future::ready(Ok(self.parts.credentials.clone())).boxed();
         }
         async move { self.find_credentials(&repositories).await }.boxed()
     }
@@ -245,10 +222,6 @@ impl Supplies for Client {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn failure(reason: Reason, phase: Phase, message: String) -> Failure {
-    Failure { reason, phase, message, location: None, hint: None, limit: None, run_exit_code: None }
 }
 
 /// An output that cannot be written.

@@ -10,11 +10,13 @@ use kiln_orchestrator::control::ControlError;
 use kiln_orchestrator::decide::SECOND;
 use kiln_orchestrator::submit::Submission;
 use kiln_protocol::message::Outcome;
-use kiln_protocol::result::{BuildResult, Failure};
+use kiln_protocol::result::{BuildResult, Failure, Phase};
 use kiln_protocol::spec::{
     ContextRef, DEFAULT_PRIORITY, DEFAULT_QUEUE_TIMEOUT, Destination, SecretRef, SecretSource,
 };
 use kiln_protocol::{BuildId, BuildSpec, Reason, State};
+
+use tokio::time::timeout;
 
 use super::client::{Client, Seen};
 use super::{LOCAL, Plan};
@@ -34,7 +36,7 @@ pub(super) async fn follow(
     stop: &mut StopSignal,
 ) -> Result<Build, Exit> {
     let spec = spec(plan, embedded, context)?;
-    let submitted = embedded.orchestrator.submit(Submission { spec, key: None, retry_of: None }).await;
+    let submitted = embedded.orchestrator().submit(Submission { spec, key: None, retry_of: None }).await;
     let id = submitted.map_err(|e| Exit::usage(chain(&e)))?.id;
     // Set once; nobody else sets it.
     let _ = client.id.set(id);
@@ -42,7 +44,7 @@ pub(super) async fn follow(
     let mut attempt = kiln_protocol::id::Attempt::FIRST;
     let mut cancelled = false;
     loop {
-        let changed = embedded.orchestrator.changed(LOOK_EVERY);
+        let changed = embedded.orchestrator().store().next_change();
         let build = show(embedded, id).await?;
         if build.state.is_over() {
             return Ok(build);
@@ -52,7 +54,7 @@ pub(super) async fn follow(
             say_retry(plan.printer, &build);
         }
         tokio::select! {
-            () = changed => {}
+            _ = timeout(LOOK_EVERY, changed) => {}
             _ = stop.stopped(), if !cancelled => {
                 cancelled = true;
                 cancel(plan.printer, embedded, id).await;
@@ -62,12 +64,12 @@ pub(super) async fn follow(
 }
 
 async fn show(embedded: &Embedded, id: BuildId) -> Result<Build, Exit> {
-    let found = embedded.orchestrator.show(id).await;
+    let found = embedded.orchestrator().show(id).await;
     found.map(|found| found.build).map_err(|e| Exit::system(chain(&e)))
 }
 
 async fn cancel(printer: Printer, embedded: &Embedded, id: BuildId) {
-    match embedded.orchestrator.cancel(id, Reason::Cancelled, "the client").await {
+    match embedded.orchestrator().cancel(id, Reason::Cancelled, "the client").await {
         Ok(_) | Err(ControlError::Missing(_)) => {}
         Err(error) => printer.say(&chain(&error)),
     }
@@ -151,7 +153,7 @@ fn failed(plan: &Plan, agent: &Agent, build: &Build, seen: Option<Seen>) -> u8 {
         // What the attempt said is the whole story, if the record ends with it.
         (Some(failure), _) if failure.reason == reason => failure,
         (_, Some(failure)) => failure.clone(),
-        (_, None) => unexplained(reason),
+        (_, None) => Failure::new(reason, Phase::Start, "no more is known".to_owned()),
     };
     let last_lines = seen.map(|seen| seen.last_lines).unwrap_or_default();
     let log = agent.state.log_path(build.id, build.attempt);
@@ -160,16 +162,4 @@ fn failed(plan: &Plan, agent: &Agent, build: &Build, seen: Option<Seen>) -> u8 {
         crate::terminal::say(&format!("it was tried {} times", build.attempt));
     }
     reason.exit_code()
-}
-
-fn unexplained(reason: Reason) -> Failure {
-    Failure {
-        reason,
-        phase: kiln_protocol::result::Phase::Start,
-        message: "no more is known".to_owned(),
-        location: None,
-        hint: None,
-        limit: None,
-        run_exit_code: None,
-    }
 }

@@ -1,6 +1,5 @@
 //! `kiln build --server` (edge): the files go to a server, and its answers to the terminal.
 
-use std::io::{Seek as _, Write as _};
 use std::time::Duration;
 
 use kiln_agent::error::chain;
@@ -10,8 +9,7 @@ use kiln_protocol::id::Attempt;
 use kiln_protocol::message::StatusEvent;
 use kiln_protocol::request::{BuildRequest, ImageFormat, SECRET_ID_RULE, is_secret_id};
 use kiln_protocol::spec::{
-    ContextRef, DEFAULT_ATTEMPTS, DEFAULT_PRIORITY, DEFAULT_QUEUE_TIMEOUT, Destination, SecretRef,
-    SecretSource,
+    ContextRef, DEFAULT_PRIORITY, DEFAULT_QUEUE_TIMEOUT, Destination, SecretRef, SecretSource,
 };
 use kiln_protocol::{BuildId, BuildSpec, State, Target};
 use reqwest::{Body, Method};
@@ -23,9 +21,10 @@ use super::error::ServerError;
 use super::follow::{self, Show};
 use crate::app::{Exit, SYSTEM};
 use crate::args::{BuildArgs, Progress};
+use crate::packing::{self, PackedContext};
 use crate::progress::Printer;
 use crate::signals::Signals;
-use crate::{context, dockerfile, inputs, paths, terminal};
+use crate::{dockerfile, inputs, paths, terminal};
 
 /// No upload takes longer; the server gives up then too.
 const UPLOAD_TIMEOUT: Duration = Duration::from_hours(4);
@@ -42,12 +41,6 @@ const POOL: &str = "default";
 /// The registry credentials of a server, by their name there.
 const CREDENTIALS: &str = "registry";
 
-/// A context that was packed.
-struct Packed {
-    file: std::fs::File,
-    context: ContextRef,
-}
-
 /// Runs the command.
 pub(crate) fn run(args: &BuildArgs) -> Result<u8, Exit> {
     refuse_local(args)?;
@@ -56,9 +49,13 @@ pub(crate) fn run(args: &BuildArgs) -> Result<u8, Exit> {
     let whom = Whom { server: args.server.clone(), access: args.access.clone(), places: args.places.clone() };
     let server = Server::of(&whom)?;
     let source = dockerfile::read(&args.context, args.file.as_deref())?;
-    let (request, destinations, secrets) = (request(args, &source)?, targets(args)?, secrets(args)?);
-    let packed = pack(args, &source, printer)?;
-    let spec = spec(request, packed.context.clone(), destinations, secrets)?;
+    let config = paths::load_config(&args.places)?;
+    let format = args.format.map_or(ImageFormat::Docker, Into::into);
+    let request = inputs::request(args, &source, &config, format)?;
+    let (destinations, secrets) = (targets(args)?, secrets(args)?);
+    let packed = packing::pack(&std::env::temp_dir(), &args.context, &source, printer)?;
+    let max_attempts = args.attempts.unwrap_or(config.build.attempts);
+    let spec = spec(request, packed.reference.clone(), (destinations, secrets), max_attempts)?;
     let runtime = paths::runtime()?;
     let code = runtime.block_on(cancellable(&server, spec, packed, printer));
     // The packed context may still be read; that must not hold us.
@@ -73,6 +70,7 @@ fn refuse_local(args: &BuildArgs) -> Result<(), Exit> {
         ("--authfile", args.authfile.is_some(), "a server has credentials of its own"),
         ("--metadata-file", args.metadata_file.is_some(), "`kiln show ID --json` tells the same"),
         ("--iidfile", args.iidfile.is_some(), "`kiln show ID --json` tells the digest"),
+        ("--plugin", !args.plugin.is_empty(), "a server asks the policies of its own configuration"),
         ("--platform", args.platform.is_some(), "the agents of a server build for their own platform"),
     ];
     match flags.into_iter().find(|(_, given, _)| *given) {
@@ -81,24 +79,6 @@ fn refuse_local(args: &BuildArgs) -> Result<(), Exit> {
         }
         None => Ok(()),
     }
-}
-
-fn request(args: &BuildArgs, source: &dockerfile::Source) -> Result<BuildRequest, Exit> {
-    let environment = |name: &str| std::env::var(name).ok();
-    let config = paths::load_config(&args.places)?;
-    Ok(BuildRequest {
-        dockerfile: source.text.clone(),
-        dockerfile_name: source.name.clone(),
-        build_args: inputs::build_args(&args.build_arg, environment)?,
-        labels: inputs::labels(&args.label)?,
-        target: args.target.clone(),
-        format: args.format.map_or(ImageFormat::Docker, Into::into),
-        timestamp: args.timestamp,
-        network: args.network.map_or(config.build.network, Into::into),
-        timeout: args.timeout.unwrap_or(config.build.timeout),
-        root_filesystem: false,
-        no_cache: args.no_cache,
-    })
 }
 
 fn targets(args: &BuildArgs) -> Result<Vec<Destination>, Exit> {
@@ -135,8 +115,8 @@ fn secrets(args: &BuildArgs) -> Result<Vec<SecretRef>, Exit> {
 fn spec(
     request: BuildRequest,
     context: ContextRef,
-    destinations: Vec<Destination>,
-    secrets: Vec<SecretRef>,
+    (destinations, secrets): (Vec<Destination>, Vec<SecretRef>),
+    max_attempts: u32,
 ) -> Result<BuildSpec, Exit> {
     let spec = BuildSpec {
         namespace: NAMESPACE.parse().map_err(|e| Exit::system(chain(&e)))?,
@@ -149,34 +129,20 @@ fn spec(
         destinations,
         secrets,
         credentials: SecretSource::Server(CREDENTIALS.to_owned()),
-        max_attempts: DEFAULT_ATTEMPTS,
+        max_attempts,
         queue_timeout: DEFAULT_QUEUE_TIMEOUT,
     };
     spec.validate().map_err(|e| Exit::usage(chain(&e)))?;
     Ok(spec)
 }
 
-/// Into a file without a name, so that a killed client leaves no context behind.
-fn pack(args: &BuildArgs, source: &dockerfile::Source, printer: Printer) -> Result<Packed, Exit> {
-    let failed = |e: std::io::Error| Exit::system(format!("pack the context into a temporary file: {e}"));
-    let ignore = context::load(&args.context, source.path.as_deref()).map_err(|e| Exit::usage(chain(&e)))?;
-    let mut file = tempfile::tempfile().map_err(failed)?;
-    let mut out = std::io::BufWriter::with_capacity(256 * 1024, &file);
-    let packed = context::pack(&args.context, &ignore, &mut out)
-        .map_err(|e| Exit { code: 1, ..Exit::usage(chain(&e)) })?;
-    out.flush().map_err(failed)?;
-    drop(out);
-    let size = file.metadata().map_err(failed)?.len();
-    file.rewind().map_err(failed)?;
-    printer.say(&format!("context {} ({} entries, {size} bytes)", packed.digest, packed.entries));
-    for note in &packed.skipped {
-        printer.say(&format!("skipped {note}"));
-    }
-    Ok(Packed { file, context: ContextRef { digest: packed.digest, size } })
-}
-
 /// The first signal cancels the build, once there is one.
-async fn cancellable(server: &Server, spec: BuildSpec, packed: Packed, printer: Printer) -> Result<u8, Exit> {
+async fn cancellable(
+    server: &Server,
+    spec: BuildSpec,
+    packed: PackedContext,
+    printer: Printer,
+) -> Result<u8, Exit> {
     let signals = Signals::listen()?;
     let (stopper, stop) = stop::channel();
     tokio::select! {
@@ -188,7 +154,7 @@ async fn cancellable(server: &Server, spec: BuildSpec, packed: Packed, printer: 
 async fn work(
     server: &Server,
     spec: BuildSpec,
-    packed: Packed,
+    packed: PackedContext,
     printer: Printer,
     mut stop: StopSignal,
 ) -> Result<u8, Exit> {
@@ -212,8 +178,8 @@ async fn work(
     conclude(server, id, printer).await.map_err(lost)
 }
 
-async fn upload(server: &Server, packed: Packed, printer: Printer) -> Result<(), Exit> {
-    let ContextRef { digest, size } = packed.context;
+async fn upload(server: &Server, packed: PackedContext, printer: Printer) -> Result<(), Exit> {
+    let ContextRef { digest, size } = packed.reference;
     let path = format!("/contexts/{digest}");
     let known = server.request(Method::HEAD, &path).timeout(super::client::ANSWER_TIMEOUT).send().await;
     if known.map_err(|e| server.silent(e))?.status().is_success() {

@@ -157,13 +157,5 @@ impl Supplies for Server {
 }
 
 fn failure(reason: Reason, message: String) -> Failure {
-    Failure {
-        reason,
-        phase: Phase::Start,
-        message,
-        location: None,
-        hint: None,
-        limit: None,
-        run_exit_code: None,
-    }
+    Failure::new(reason, Phase::Start, message)
 }

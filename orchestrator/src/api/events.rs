@@ -46,7 +46,7 @@ impl Source for Changes {
     async fn next(&mut self) -> Next {
         loop {
             // Before looking, so that what happens while we look wakes us.
-            let woken = self.served.orchestrator.store().next_event();
+            let woken = self.served.orchestrator.store().next_change();
             match self.look().await {
                 Ok(Some((last, next))) => {
                     drop(woken);

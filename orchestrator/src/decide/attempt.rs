@@ -159,17 +159,9 @@ pub(super) fn asked_for(reason: Reason) -> Failure {
     plain(reason, message.to_owned())
 }
 
-/// A failure without a place in the Dockerfile.
-pub(crate) fn plain(reason: Reason, message: String) -> Failure {
-    Failure {
-        reason,
-        phase: Phase::Start,
-        message,
-        location: None,
-        hint: None,
-        limit: None,
-        run_exit_code: None,
-    }
+/// A failure of which no phase is known.
+pub(crate) const fn plain(reason: Reason, message: String) -> Failure {
+    Failure::new(reason, Phase::Start, message)
 }
 
 #[cfg(test)]

@@ -89,7 +89,7 @@ pub struct Store {
 pub struct Tx {
     inner: Transaction<'static, Sqlite>,
     now: Micros,
-    /// Whom to wake once this is committed: set by a change that everybody may know of.
+    /// Whom to wake once this is committed: set by an event or a message.
     tells: bool,
     told: Arc<Notify>,
 }
@@ -138,8 +138,8 @@ impl Store {
         Tx { inner, now: self.clock.now(), tells: false, told: Arc::clone(&self.told) }
     }
 
-    /// Waits for the next event that this process commits, from the call on. Other processes wake nobody here.
-    pub fn next_event(&self) -> impl Future<Output = ()> + Send + '_ {
+    /// Waits until this process commits an event or a message, from the call on. Other processes wake nobody here.
+    pub fn next_change(&self) -> impl Future<Output = ()> + Send + '_ {
         self.told.notified()
     }
 

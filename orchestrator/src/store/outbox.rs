@@ -61,6 +61,7 @@ pub(super) const STATEMENTS: &[&str] = &[PUT, TAKE, DONE, FAILED, OLDEST];
 impl Tx {
     /// Adds a message to be sent once this change is committed.
     pub async fn send(&mut self, message: &Outgoing) -> Result<(), StoreError> {
+        self.tells = true;
         sqlx::query(PUT)
             .bind(message.exchange)
             .bind(&message.key)
