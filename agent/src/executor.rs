@@ -34,7 +34,7 @@ use crate::seal::Sealed;
 use crate::slot::Slot;
 use crate::slot::wire::Step;
 use crate::state::Job;
-use crate::stop::{self, StopReason, StopSignal};
+use crate::stop::{StopReason, StopSignal};
 
 pub use log::LAST_LINES;
 pub use policies::{Place, Policies};
@@ -121,24 +121,9 @@ pub async fn run(
     agent: Arc<Agent>,
     order: Order,
     events: mpsc::Sender<Event>,
-    mut outside: StopSignal,
+    stop: StopSignal,
 ) -> Result<Finished, crate::state::StateError> {
-    let (stopper, signal) = stop::channel();
-    let timeout = tokio::time::sleep(order.request.timeout);
-    let work = Run::start(agent, order, events, signal)?.run_to_its_end();
-    tokio::pin!(work, timeout);
-    let mut expired = false;
-    loop {
-        tokio::select! {
-            finished = &mut work => return Ok(finished),
-            // An earlier request counts too: this handle has not seen it yet.
-            stop = outside.changed() => stopper.request(stop.reason),
-            () = &mut timeout, if !expired => {
-                expired = true;
-                stopper.request(StopReason::Timeout);
-            }
-        }
-    }
+    Ok(Run::start(agent, order, events, stop)?.run_to_its_end().await)
 }
 
 /// A build in progress.

@@ -20,12 +20,18 @@ const PERIOD: Duration = Duration::from_millis(20);
 pub enum Fault {
     /// Answered by the proxy with this status.
     Status(u16),
+    /// Answered by the proxy: too many requests, come again after this many seconds.
+    Busy(u64),
     /// Forwarded after a pause.
     Delay(Duration),
     /// The answer arrives at this many bytes per second.
     Throttle(u64),
     /// The connection ends after this many bytes of the answer.
     CutAfter(u64),
+    /// The connection ends after this many bytes of the request's body.
+    CutBodyAfter(u64),
+    /// The server's answer names another digest than it should.
+    WrongDigest,
     /// Nothing is ever answered, and the connection stays open.
     BlackHole,
     /// The request arrives at the server, its answer never at the client.
@@ -122,13 +128,16 @@ fn serve(client: &TcpStream, shared: &Shared) {
     let fault = shared.next_fault(head.first());
     shared.requests.lock().unwrap().push(head.clone());
     let _ = match fault {
-        Some(Fault::Status(code)) => refuse(client, code),
+        Some(Fault::Status(code)) => refuse(client, &mut reader, code, ""),
+        Some(Fault::Busy(seconds)) => {
+            refuse(client, &mut reader, 429, &format!("Retry-After: {seconds}\r\n"))
+        }
         Some(Fault::BlackHole) => swallow(&mut reader),
         Some(Fault::Delay(pause)) => {
             shared.pause(pause);
-            forward(&head, client, shared, None)
+            forward(&head, reader, client, shared, None)
         }
-        other => forward(&head, client, shared, other),
+        other => forward(&head, reader, client, shared, other),
     };
     let _ = client.shutdown(Shutdown::Both);
 }
@@ -168,30 +177,71 @@ impl Read for Patient<'_> {
     }
 }
 
-fn refuse(mut client: &TcpStream, code: u16) -> std::io::Result<()> {
-    let answer = format!("HTTP/1.1 {code} Fault\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
-    client.write_all(answer.as_bytes())
+/// The client may still be sending a body, and hears an answer only if that is read.
+fn refuse(mut client: &TcpStream, body: &mut impl Read, code: u16, header: &str) -> std::io::Result<()> {
+    let answer = format!("HTTP/1.1 {code} Fault\r\n{header}Content-Length: 0\r\nConnection: close\r\n\r\n");
+    client.write_all(answer.as_bytes())?;
+    client.shutdown(Shutdown::Write)?;
+    swallow(body)
 }
 
 fn swallow(reader: &mut impl Read) -> std::io::Result<()> {
     std::io::copy(reader, &mut std::io::sink()).map(drop)
 }
 
-/// Only requests without a body: pulling has no others.
-fn forward(head: &Head, client: &TcpStream, shared: &Shared, fault: Option<Fault>) -> std::io::Result<()> {
+/// Lets the request's body through beside the answer, however it is framed.
+fn forward(
+    head: &Head,
+    mut body: impl Read + Send,
+    client: &TcpStream,
+    shared: &Shared,
+    fault: Option<Fault>,
+) -> std::io::Result<()> {
     let mut server = TcpStream::connect(shared.upstream)?;
     server.set_read_timeout(Some(PERIOD))?;
     let lines = head.lines.iter().filter(|line| !line.to_ascii_lowercase().starts_with("connection:"));
     let lines: Vec<&str> = lines.map(String::as_str).chain(["Connection: close", "", ""]).collect();
     server.write_all(lines.join("\r\n").as_bytes())?;
-    let mut answer = Patient { stream: &server, over: &shared.over };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            if let Some(Fault::CutBodyAfter(bytes)) = fault {
+                let _ = std::io::copy(&mut body.by_ref().take(bytes), &mut { &server });
+                let _ = (server.shutdown(Shutdown::Both), client.shutdown(Shutdown::Both));
+            } else {
+                // It ends with the client, or with the answer.
+                let _ = std::io::copy(&mut body, &mut { &server });
+            }
+        });
+        let answered = answer(&server, client, shared, fault);
+        let _ = client.shutdown(Shutdown::Both);
+        answered
+    })
+}
+
+fn answer(
+    server: &TcpStream,
+    mut client: &TcpStream,
+    shared: &Shared,
+    fault: Option<Fault>,
+) -> std::io::Result<()> {
+    let mut answer = Patient { stream: server, over: &shared.over };
     match fault {
         Some(Fault::DropAnswers) => {
             std::io::copy(&mut answer, &mut std::io::sink())?;
-            swallow(&mut Patient { stream: client, over: &shared.over })
+            shared.pause(Duration::from_hours(1));
+            Ok(())
         }
         Some(Fault::CutAfter(bytes)) => std::io::copy(&mut answer.take(bytes), &mut { client }).map(drop),
         Some(Fault::Throttle(rate)) => throttle(&mut answer, client, rate, shared),
+        Some(Fault::WrongDigest) => {
+            let mut answer = BufReader::new(answer);
+            let mut head = Head::read(&mut answer).ok_or(ErrorKind::UnexpectedEof)?;
+            for line in head.lines.iter_mut().filter(|line| line.starts_with("Docker-Content-Digest:")) {
+                *line = format!("Docker-Content-Digest: sha256:{}", "0".repeat(64));
+            }
+            client.write_all(format!("{}\r\n\r\n", head.lines.join("\r\n")).as_bytes())?;
+            std::io::copy(&mut answer, &mut { client }).map(drop)
+        }
         _ => std::io::copy(&mut answer, &mut { client }).map(drop),
     }
 }

@@ -86,6 +86,12 @@ impl Registry {
         self.door.as_ref().map_or(self.address, |door| door.address)
     }
 
+    /// The digest that a tag points to, as the registry has it on disk.
+    pub fn tag(&self, repository: &str, tag: &str) -> Option<String> {
+        let link = format!("docker/registry/v2/repositories/{repository}/_manifests/tags/{tag}/current/link");
+        std::fs::read_to_string(self.storage().join(link)).ok()
+    }
+
     /// Stores an image under a tag and returns the digest of its manifest.
     pub fn push(&self, repository: &str, tag: &str, image: &BaseImage) -> String {
         let packed = image.pack();

@@ -7,12 +7,6 @@ use kiln_tests::lab::{CLEAN, Lab};
 use kiln_tests::leftovers::assert_none;
 use kiln_tests::registry::Access;
 
-/// What a tag points to, as the registry has it on disk.
-fn tag(lab: &Lab, repository: &str, tag: &str) -> Option<String> {
-    let link = format!("docker/registry/v2/repositories/{repository}/_manifests/tags/{tag}/current/link");
-    std::fs::read_to_string(lab.registry.storage().join(link)).ok()
-}
-
 fn target(lab: &Lab, name: &str) -> String {
     format!("{}/{name}", lab.registry.host())
 }
@@ -53,7 +47,7 @@ fn tags_and_files_get_the_same_image() {
     let metadata: serde_json::Value = serde_json::from_slice(&std::fs::read(metadata).unwrap()).unwrap();
     let digest = metadata["containerimage.digest"].as_str().unwrap();
     for (repository, name) in [("team/app", "1.0"), ("team/app", "latest"), ("copy/app", "1.0")] {
-        assert_eq!(tag(&lab, repository, name).as_deref(), Some(digest), "{repository}:{name}");
+        assert_eq!(lab.registry.tag(repository, name).as_deref(), Some(digest), "{repository}:{name}");
     }
     assert!(lab.archive().exists());
 }
@@ -64,7 +58,7 @@ fn a_second_build_is_cached_and_publishes_the_next_tag() {
     let build = |name: &str| small(&lab).build().args(["-t", &target(&lab, name)]).run().expect_code(0);
     let _ = build("app:1");
     let _ = build("app:2").expect_text(&["cached 1/1 steps"]);
-    assert!(tag(&lab, "app", "1").is_some() && tag(&lab, "app", "2").is_some());
+    assert!(lab.registry.tag("app", "1").is_some() && lab.registry.tag("app", "2").is_some());
 }
 
 #[test]
@@ -113,7 +107,7 @@ fn a_policy_that_denies_leaves_no_tag_and_runs_nothing() {
         .expect_code(3)
         .expect_text(&["in phase pre-build (policy_denied)", "tag-policy", "latest"]);
     assert!(!denied.output().contains("[slot]"), "{}", denied.output());
-    assert_eq!(tag(&lab, "app", "latest"), None);
+    assert_eq!(lab.registry.tag("app", "latest"), None);
     assert_none(&lab.data(), CLEAN);
 
     let _ = small(&lab)
@@ -121,7 +115,7 @@ fn a_policy_that_denies_leaves_no_tag_and_runs_nothing() {
         .args(["--plugin", &policy, "-t", &target(&lab, "app:1.0.0")])
         .run()
         .expect_code(0);
-    assert!(tag(&lab, "app", "1.0.0").is_some());
+    assert!(lab.registry.tag("app", "1.0.0").is_some());
 }
 
 #[test]
@@ -134,7 +128,7 @@ fn a_policy_that_breaks_ends_the_build_and_the_next_one_is_fine() {
         .run()
         .expect_code(5)
         .expect_text(&["(hook_fault)", "hostile", "trap"]);
-    assert_eq!(tag(&lab, "app", "1"), None);
+    assert_eq!(lab.registry.tag("app", "1"), None);
     let _ = small(&lab).build().args(["-t", &target(&lab, "app:1")]).run().expect_code(0);
 }
 

@@ -21,7 +21,7 @@ use crate::hooks::view::ImageView;
 use crate::layers::{LayerCache, LayerKey, Reuse};
 use crate::registry::Platform;
 use crate::registry::push::Candidate;
-use crate::stop::{StopReason, StopSignal};
+use crate::stop::{self, StopReason, StopSignal, Stopper};
 
 /// Events between the executor and whoever watches.
 const EVENT_BUFFER: usize = 1024;
@@ -54,8 +54,21 @@ impl Work {
 
     /// Runs the attempt. When this returns, its last report is in the spool.
     pub(super) async fn run(mut self) {
+        let (stopper, signal) = stop::channel();
+        let mut outside = std::mem::replace(&mut self.stop, signal);
+        let limit = self.grant.spec.request.timeout;
         let mut finished = None;
-        let result = self.attempt(&mut finished).await;
+        let result = tokio::select! {
+            result = self.until_commit(&mut finished) => result,
+            never = pass_on(&mut outside, &stopper, Some(limit)) => match never {},
+        };
+        // Nothing but its own end ends a build that is committed.
+        if let (Ok((pusher, committed)), Some(finished)) = (&result, &finished) {
+            tokio::select! {
+                () = self.after_commit(pusher, committed, finished) => {}
+                never = pass_on(&mut outside, &stopper, None) => match never {},
+            }
+        }
         self.close_phase();
         let failure = result.err();
         let end = match &failure {
@@ -74,7 +87,7 @@ impl Work {
         });
     }
 
-    async fn attempt(&mut self, kept: &mut Option<Finished>) -> Result<(), Failure> {
+    async fn until_commit(&mut self, kept: &mut Option<Finished>) -> Result<(Pusher, Committed), Failure> {
         let inputs = self.ctx.supplies.inputs(&self.grant).await?;
         let state = &self.ctx.agent.state;
         let job = state.require_free(self.ctx.agent.config.data.min_free);
@@ -87,7 +100,7 @@ impl Work {
         if let Err(failure) = &finished.result.outcome {
             return Err(failure.clone());
         }
-        self.publish(finished).await
+        self.commit_candidate(finished).await
     }
 
     /// A build of many minutes must not end at a tag that could have been refused at its start.
@@ -170,7 +183,7 @@ impl Work {
         Ok(finished)
     }
 
-    async fn publish(&mut self, finished: &Finished) -> Result<(), Failure> {
+    async fn commit_candidate(&mut self, finished: &Finished) -> Result<(Pusher, Committed), Failure> {
         let Some(sealed) = &finished.image else {
             return Err(self.fail(Reason::Unknown, "the build succeeded without an image".to_owned()));
         };
@@ -187,12 +200,15 @@ impl Work {
             manifest: candidate.manifest.clone(),
         };
         self.commit(&pusher, &candidate, finished, &committed, &verdicts).await?;
+        Ok((pusher, committed))
+    }
+
+    async fn after_commit(&mut self, pusher: &Pusher, committed: &Committed, finished: &Finished) {
         self.enter(Phase::Publish).await;
         let open: Vec<Target> = self.open_targets();
-        let tags = Tags { lease: self.grant.lease, committed: &committed, open: &open };
+        let tags = Tags { lease: self.grant.lease, committed, open: &open };
         pusher.move_tags(&self.ctx, tags, &self.reporter, &self.stop).await;
         self.deliver(finished).await;
-        Ok(())
     }
 
     async fn upload(
@@ -334,6 +350,37 @@ impl Work {
             message: stop.reason.message().to_owned(),
             hint: None,
             ..failure
+        }
+    }
+}
+
+/// Passes requests to stop on, and makes one when the time of an attempt is over.
+async fn pass_on(
+    outside: &mut StopSignal,
+    stopper: &Stopper,
+    limit: Option<Duration>,
+) -> std::convert::Infallible {
+    let expired = async {
+        match limit {
+            Some(limit) => tokio::time::sleep(limit).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(expired);
+    let mut over = false;
+    loop {
+        tokio::select! {
+            // An earlier request counts too: this handle has not seen it yet.
+            stop = outside.changed() => {
+                stopper.request(stop.reason);
+                if stop.force {
+                    stopper.request(stop.reason);
+                }
+            }
+            () = &mut expired, if !over => {
+                over = true;
+                stopper.request(StopReason::Timeout);
+            }
         }
     }
 }
