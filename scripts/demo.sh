@@ -1,6 +1,6 @@
 #!/bin/bash
-# Shows Kiln at work: a build, a failing and a cancelled one, a published and a denied one. Needs no network and
-# leaves no process.
+# Shows Kiln at work: a build, a failing and a cancelled one, a published and a denied one, one that waits for its
+# registry, and one that a server gave up and then tried again. Needs no network and leaves no process.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
@@ -11,6 +11,7 @@ scratch=$(mktemp -d)
 kiln=
 registry_pid=
 build_pid=
+server_pid=
 
 bold() { if [ -t 1 ]; then printf '\n\033[1m%s\033[0m\n' "$*"; else printf '\n%s\n' "$*"; fi; }
 say() { printf '%s\n' "$*"; }
@@ -24,6 +25,7 @@ stop() { # PID
 
 cleanup() {
     stop "$build_pid"
+    stop "$server_pid"
     stop "$registry_pid"
     if [ -d "$scratch/state" ]; then
         cp -r "$scratch/state/logs" "$results/logs" 2>/dev/null || true
@@ -35,13 +37,14 @@ cleanup() {
 }
 
 # A registry of our own on a free port of the loopback interface, with its files in the scratch directory.
-start_registry() {
+start_registry() { # PORT
     cat >"$scratch/registry.yml" <<YAML
 version: 0.1
 log: {level: info, accesslog: {disabled: true}}
 storage: {filesystem: {rootdirectory: $scratch/registry}}
-http: {addr: "127.0.0.1:0"}
+http: {addr: "127.0.0.1:$1"}
 YAML
+    : >"$scratch/registry.log"
     docker-registry serve "$scratch/registry.yml" >"$scratch/registry.log" 2>&1 &
     registry_pid=$!
     for _ in $(seq 100); do
@@ -180,6 +183,73 @@ denied_build() {
     say "What happened: the policy spoke before anything was built. Exit code 3; the registry has no such tag."
 }
 
+stop_registry() {
+    stop "$registry_pid"
+    registry_pid=
+}
+
+# Waits until FILE has TEXT.
+await() { # FILE TEXT
+    for _ in $(seq 600); do
+        ! grep -q -- "$2" "$1" || return 0
+        sleep 0.1
+    done
+    fail "no \`$2\` came: $(cat "$1")"
+}
+
+retried_build() {
+    bold "6. A registry that is away for a moment"
+    say "$ kiln build -t $registry/demo/site:1.0.2 …   (while the registry is stopped)"
+    stop_registry
+    "${command[@]}" --secret "id=signing-key,src=$scratch/signing-key" --build-arg GREETING=hello \
+        -t "$registry/demo/site:1.0.2" "$example" >"$scratch/retried.log" 2>&1 &
+    build_pid=$!
+    await "$scratch/retried.log" "attempt 2 begins in"
+    start_registry "${registry##*:}"
+    local code=0
+    wait "$build_pid" || code=$?
+    build_pid=
+    grep -e '^kiln: attempt' -e '^kiln: wrote' "$scratch/retried.log" | indented
+    [ "$code" -eq 0 ] || fail "$(cat "$scratch/retried.log")"
+    say "What happened: a registry that does not answer is nobody's fault, so the attempt was repeated after a pause."
+}
+
+replayed_build() {
+    bold "7. A server, a dead letter and its replay"
+    say "$ kiln up &"
+    local ask=(--server "unix:$scratch/state/api/kiln.sock") code=0
+    # What the server may give to builds that name it.
+    mkdir -p -m 0700 "$scratch/state/secrets"
+    cp "$scratch/signing-key" "$scratch/state/secrets/signing-key"
+    "$kiln" up --data "$scratch/state" --config "$scratch/kiln.toml" >"$scratch/up.log" 2>&1 &
+    server_pid=$!
+    await "$scratch/up.log" "listening on"
+    stop_registry
+    say "$ kiln build --server unix:… --attempts 1 -t $registry/demo/site:1.0.3 $example   (the registry is stopped again)"
+    "$kiln" build "${ask[@]}" --config "$scratch/kiln.toml" --attempts 1 --secret id=signing-key,server=signing-key \
+        --build-arg GREETING=hello -t "$registry/demo/site:1.0.3" "$example" >"$scratch/dead.log" 2>&1 || code=$?
+    tail -n 4 "$scratch/dead.log" | indented
+    [ "$code" -eq 5 ] || fail "a build whose registry is gone must exit with 5, not $code: $(cat "$scratch/dead.log")"
+    say "$ kiln dead ls"
+    "$kiln" dead ls "${ask[@]}" | tee "$scratch/dead.list" | indented
+    local id
+    id=$(grep -o '[0-9a-f]\{8\}-[0-9a-f-]\{27\}' "$scratch/dead.list" | head -n 1)
+    start_registry "${registry##*:}"
+    say "$ kiln dead replay $id   (the registry is back)"
+    "$kiln" dead replay "${ask[@]}" "$id" | indented
+    for _ in $(seq 600); do
+        "$kiln" show "${ask[@]}" "$id" >"$scratch/shown"
+        ! grep -q SUCCESS "$scratch/shown" || break
+        sleep 0.1
+    done
+    grep -q SUCCESS "$scratch/shown" || fail "$(cat "$scratch/shown")"
+    indented <"$scratch/shown"
+    stop "$server_pid"
+    server_pid=
+    say "What happened: the only attempt failed for no fault of the build, so the record kept it as a dead letter; the"
+    say "replay ran it again, under the same id, and moved the tag. kiln ls, show, logs, queue and cancel ask the same server."
+}
+
 trap cleanup EXIT
 bold "Preparing: compile kiln, start a registry on the loopback interface, push a base image to it"
 cargo build --quiet --locked --package=kiln --bin=kiln
@@ -190,7 +260,7 @@ policy=
 command=("$kiln" build --data "$scratch/state" --config "$scratch/kiln.toml" --progress plain)
 rm -rf "$results"
 mkdir -p "$results"
-start_registry
+start_registry 0
 push_base_image
 write_config
 good_build
@@ -198,4 +268,6 @@ failing_build
 cancelled_build
 published_build
 denied_build
+retried_build
+replayed_build
 bold "Done. Nothing of this runs any more; the results are in $results."
