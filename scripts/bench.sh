@@ -1,6 +1,6 @@
 #!/bin/sh
-# What Kiln adds to the same calls of buildah by hand, what its layer cache saves and what a hook costs, with the
-# release binary.
+# What Kiln adds to the same calls of buildah by hand, what its layer cache saves, what a hook and what the record
+# costs, with the release binary.
 # Figures: docs/performance.md.
 set -eu
 cd "$(dirname "$0")/.."
@@ -9,3 +9,4 @@ target=$(cargo metadata --format-version=1 --no-deps --offline | sed 's/.*"targe
 KILN_BIN=$target/release/kiln cargo bench --locked --package=kiln-tests --bench=overhead --bench=cache
 scripts/plugins.sh
 KILN_PLUGINS=$target/plugins cargo bench --locked --package=kiln-agent --bench=hooks
+cargo bench --locked --package=kiln-orchestrator --bench=record

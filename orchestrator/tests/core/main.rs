@@ -10,6 +10,7 @@ mod heads;
 mod properties;
 mod reports;
 mod retention;
-mod scale;
 mod silence;
 mod submissions;
+
+mod statements;

@@ -1,0 +1,217 @@
+//! What the record costs: submit, claim, commit, the whole of a job whose build does nothing, and the looks at a long
+//! queue.
+//!
+//! Everything that lasts is synced to disk, so the disk decides over most figures.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a benchmark fails by panicking and reports by printing"
+)]
+#![allow(dead_code, reason = "tests use more of the harness")]
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kiln_orchestrator::build::Build;
+use kiln_orchestrator::core::Orchestrator;
+use kiln_orchestrator::entropy::Entropy;
+use kiln_orchestrator::run;
+use kiln_orchestrator::store::{Clock, Store};
+use kiln_orchestrator::submit::Submission;
+use kiln_protocol::envelope::{self, Message as _};
+use kiln_protocol::id::{ClaimId, MessageId, Pool};
+use kiln_protocol::message::{
+    Answer, AttemptEnd, ClaimAnswer, CommitRequest, Lane, Outcome, Report, Request, Snapshot,
+};
+use kiln_protocol::{BuildId, BuildSpec, State, topology};
+use kiln_transport::memory::MemoryBroker;
+use kiln_transport::{Bus, Message, Published};
+use tokio::task::JoinSet;
+
+#[path = "../tests/core/harness.rs"]
+mod harness;
+
+use harness::{FakeAgent, World, image_of, settings, spec};
+
+const JOBS: usize = 500;
+/// Jobs under way at once, as many as one agent with four slots has.
+const AT_ONCE: usize = 4;
+const WAITING: usize = 100_000;
+const TARGET: &str = "r.example/app:1";
+
+fn main() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        steps().await;
+        jobs().await;
+        long_queue().await;
+    });
+}
+
+fn print(name: &str, mut times: Vec<Duration>) {
+    times.sort_unstable();
+    let at = |share: usize| times[(times.len() - 1) * share / 100].as_secs_f64() * 1000.0;
+    println!("{name:24} p50 {:8.2} ms  p99 {:8.2} ms", at(50), at(99));
+}
+
+/// Each step by itself, called directly.
+async fn steps() {
+    let world = World::new().await;
+    let agent = world.agent("a");
+    let (mut submit, mut claim, mut commit) = (Vec::new(), Vec::new(), Vec::new());
+    for i in 0..JOBS {
+        let begun = Instant::now();
+        world.submit(&[&format!("r.example/app:{i}")]).await;
+        submit.push(begun.elapsed());
+    }
+    for _ in 0..JOBS {
+        let begun = Instant::now();
+        let lease = agent.claim().await.unwrap().lease;
+        claim.push(begun.elapsed());
+        let begun = Instant::now();
+        agent.commit(lease, 1).await;
+        commit.push(begun.elapsed());
+    }
+    print("submit", submit);
+    print("claim", claim);
+    print("commit", commit);
+}
+
+/// Submit to SUCCESS over the bus in memory, with everything of the orchestrator running and a build that does nothing.
+async fn jobs() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(&folder.path().join("kiln.db"), Clock::System).await.unwrap();
+    let orchestrator = Arc::new(Orchestrator::new(store, settings(), Entropy::System));
+    let broker = MemoryBroker::new(1);
+    let mut loops = JoinSet::new();
+    let pool: Pool = "default".parse().unwrap();
+    let bus = broker.connect("orchestrator");
+    run::start(&orchestrator, &bus, &[pool], &mut loops).await.unwrap();
+    let bus = broker.connect("a");
+    let agent = FakeAgent {
+        orchestrator: Arc::clone(&orchestrator),
+        id: "a".parse().unwrap(),
+        boot: kiln_protocol::id::BootId::generate(),
+        pools: std::iter::once("default".to_owned()).collect(),
+        policies: std::collections::BTreeSet::new(),
+    };
+    let begun = Instant::now();
+    let mut lines = JoinSet::new();
+    for _ in 0..AT_ONCE {
+        lines.spawn(line(Arc::clone(&orchestrator), bus.clone(), agent.clone(), JOBS / AT_ONCE));
+    }
+    let (mut claimed, mut done) = (Vec::new(), Vec::new());
+    while let Some(times) = lines.join_next().await {
+        for (to_claim, to_end) in times.unwrap() {
+            claimed.push(to_claim);
+            done.push(to_end);
+        }
+    }
+    let rate = f64::from(u32::try_from(JOBS).unwrap()) / begun.elapsed().as_secs_f64();
+    print("submit to claim", claimed);
+    print("submit to SUCCESS", done);
+    println!("jobs per second          {rate:.0}   ({AT_ONCE} at once)");
+    loops.shutdown().await;
+}
+
+/// One job after the other: how long until the claim was answered, and until the record says SUCCESS.
+async fn line(
+    orchestrator: Arc<Orchestrator>,
+    bus: Bus,
+    agent: FakeAgent,
+    count: usize,
+) -> Vec<(Duration, Duration)> {
+    let mut times = Vec::new();
+    for _ in 0..count {
+        let begun = Instant::now();
+        let submission = Submission { spec: spec(&[TARGET]), key: None, retry_of: None };
+        orchestrator.submit(submission).await.unwrap();
+        let claim = Request::Claim(agent.request(Lane::Build, ClaimId::generate()));
+        let Answer::Claim(ClaimAnswer::Build(grant)) = ask(&bus, &claim).await else {
+            panic!("nothing to do")
+        };
+        let to_claim = begun.elapsed();
+        let lease = grant.lease;
+        let commit = CommitRequest { lease, committed: image_of(1), verdicts: Vec::new() };
+        let Answer::Commit(_) = ask(&bus, &Request::Commit(commit)).await else { panic!("no commit") };
+        let snapshot = Snapshot {
+            end: Some(AttemptEnd::Answered),
+            outcomes: std::iter::once((TARGET.to_owned(), Outcome::Moved)).collect(),
+            ..Snapshot::default()
+        };
+        let report = Report { lease, seq: 1, snapshot };
+        let message =
+            Message::new(MessageId::generate().as_uuid(), Report::TYPE, envelope::encode(&report).unwrap());
+        let sent =
+            bus.publish(topology::REPORTS, &topology::reports(&agent.id), message, true).await.unwrap();
+        assert_eq!(sent, Published::Confirmed);
+        until_over(&orchestrator, lease.build).await;
+        times.push((to_claim, begun.elapsed()));
+    }
+    times
+}
+
+async fn ask(bus: &Bus, request: &Request) -> Answer {
+    let body = envelope::encode(request).unwrap();
+    let message = Message::new(MessageId::generate().as_uuid(), Request::TYPE, body);
+    let limit = Duration::from_secs(10);
+    let reply = bus.call(topology::RPC, topology::LEASE, message, limit).await.unwrap();
+    envelope::decode(&reply.body).unwrap()
+}
+
+async fn until_over(orchestrator: &Orchestrator, id: BuildId) {
+    loop {
+        let changed = orchestrator.store().next_change();
+        let state = orchestrator.show(id).await.unwrap().build.state;
+        if state.is_over() {
+            // An older job of the same tag may be overtaken by a newer one.
+            assert!(matches!(state, State::Success | State::Failed), "{state}");
+            return;
+        }
+        changed.await;
+    }
+}
+
+/// What happens all the time, when very many builds wait.
+async fn long_queue() {
+    let mut world = World::new().await;
+    fill(&world, WAITING).await;
+    let agent = world.agent("a");
+    let bus = MemoryBroker::new(1).connect("orchestrator");
+    bus.declare(&kiln_orchestrator::topology::shared(&["default".parse().unwrap()])).await.unwrap();
+    let (mut sweep, mut claim, mut hint, mut queue) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..20 {
+        let begun = Instant::now();
+        world.sweep().await;
+        sweep.push(begun.elapsed());
+        let begun = Instant::now();
+        agent.claim().await.unwrap();
+        claim.push(begun.elapsed());
+        let begun = Instant::now();
+        world.orchestrator.hint(&bus).await.unwrap();
+        hint.push(begun.elapsed());
+        let begun = Instant::now();
+        world.orchestrator.queue().await.unwrap();
+        queue.push(begun.elapsed());
+    }
+    println!("with {WAITING} builds waiting:");
+    print("  sweep", sweep);
+    print("  claim", claim);
+    print("  hint", hint);
+    print("  queue", queue);
+}
+
+/// Waiting builds of a hundred namespaces, in few transactions.
+async fn fill(world: &World, builds: usize) {
+    for portion in 0..builds.div_ceil(1000) {
+        let mut tx = world.orchestrator.store().write().await.unwrap();
+        for i in 0..1000 {
+            let namespace = format!("team-{}", (portion + i) % 100).parse().unwrap();
+            let spec = BuildSpec { namespace, ..spec(&[&format!("r.example/app-{}:x", i % 50)]) };
+            let seq = tx.next_submit_seq().await.unwrap();
+            let build = Build::submitted(BuildId::generate(), seq, &spec, None, tx.now());
+            tx.insert(&build, &spec, None, "").await.unwrap();
+        }
+        tx.commit().await.unwrap();
+    }
+}
