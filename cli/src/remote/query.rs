@@ -113,13 +113,18 @@ pub(crate) fn show(args: &ShowArgs) -> Result<u8, Exit> {
     Ok(0)
 }
 
+/// A replay has attempts beyond the budget of its first life.
+fn attempt_of(attempt: u32, budget: u32) -> String {
+    if attempt > budget { attempt.to_string() } else { format!("{attempt} of {budget}") }
+}
+
 fn facts(detail: &BuildDetail, now: Timestamp) -> Vec<(&'static str, String)> {
     let BuildDetail { summary: build, spec, waited_seconds, phases, attempts, verdicts, .. } = detail;
     let ago = |moment: Timestamp| format!("{moment:.0} ({} ago)", age(moment, now));
     let mut facts = vec![
         ("build", build.id.to_string()),
         ("state", build.state.to_string()),
-        ("attempt", format!("{} of {}", build.attempt, spec.max_attempts)),
+        ("attempt", attempt_of(build.attempt.get(), spec.max_attempts)),
         ("namespace", format!("{}, pool {}, priority {}", build.namespace, build.pool, build.priority)),
         ("requester", build.requester.clone()),
         ("submitted", ago(build.submitted_at)),
@@ -224,21 +229,21 @@ pub(super) fn change(args: &CancelArgs, action: &str) -> Result<u8, Exit> {
     ask(&args.whom, async |server| {
         for id in &args.ids {
             let changed: Changed = server.post(&format!("/builds/{id}/{action}")).await?;
-            tell(&changed, args.shape);
+            tell(&changed, action, args.shape);
         }
         Ok(())
     })?;
     Ok(0)
 }
 
-fn tell(changed: &Changed, shape: Shape) {
+fn tell(changed: &Changed, action: &str, shape: Shape) {
     if shape.json {
         // Two plain fields.
         let _ = print_json(changed);
-    } else if changed.state.is_over() {
-        terminal::out(&format!("{} is {}", changed.id, changed.state));
+    } else if action == "cancel" && !changed.state.is_over() {
+        terminal::out(&format!("{} is {}; its agent was told to stop", changed.id, changed.state));
     } else {
-        terminal::out(&format!("{} is {}, and was told", changed.id, changed.state));
+        terminal::out(&format!("{} is {}", changed.id, changed.state));
     }
 }
 
