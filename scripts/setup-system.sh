@@ -62,6 +62,8 @@ missing_packages() {
         have skopeo || echo skopeo
         have ip || echo iproute2
         have curl || echo curl
+        # For promtool.
+        have promtool || echo prometheus
         have shellcheck || echo shellcheck
     fi
 }
@@ -77,15 +79,18 @@ install_packages() {
     # shellcheck disable=SC2086 # one word per package
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends $packages
     case " $packages " in
-        *" docker-registry "*) stop_registry_service ;;
+        *" docker-registry "*) stop_service docker-registry ;;
+    esac
+    case " $packages " in
+        *" prometheus "*) stop_service prometheus ;;
     esac
 }
 
-# The package starts a registry for the whole machine; we run our own and nobody asked for that one.
-stop_registry_service() {
-    if have systemctl && systemctl is-enabled --quiet docker-registry 2>/dev/null; then
-        say "switching off the docker-registry service that its package just started"
-        as_root systemctl disable --quiet --now docker-registry || true
+# The packages start servers for the whole machine; we run our own, if any, and nobody asked for those.
+stop_service() { # NAME
+    if have systemctl && systemctl is-enabled --quiet "$1" 2>/dev/null; then
+        say "switching off the $1 service that its package just started"
+        as_root systemctl disable --quiet --now "$1" || true
     fi
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use kiln_protocol::request::NetworkMode;
 
 use crate::config::Config;
+use crate::metrics::Metrics;
 use crate::plan;
 use crate::registry::{Credentials, Registry, RegistryConfig, RegistryConfigError};
 use crate::slot::wire::{Purpose, SlotSpec};
@@ -23,6 +24,8 @@ pub struct Agent {
     pub identity: Identity,
     /// Version of the installed buildah.
     pub buildah: Version,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 /// This machine cannot run builds.
@@ -52,6 +55,9 @@ pub enum AgentError {
     /// The registries of the configuration contradict each other.
     #[error(transparent)]
     Registries(#[from] RegistryConfigError),
+    /// Two numbers have the same name.
+    #[error("prepare the metrics")]
+    Metrics(#[from] prometheus::Error),
     /// buildah is too old.
     #[error("buildah {0} is too old: Kiln needs {oldest} or newer, because older ones go on after SIGTERM", oldest = plan::OLDEST_BUILDAH)]
     OldBuildah(Version),
@@ -67,6 +73,7 @@ impl AgentError {
                 "check the permissions of the data directory, or choose another with --data".to_owned()
             }
             Self::Ca { .. } | Self::Registries(_) => "mend the configuration file".to_owned(),
+            Self::Metrics(_) => "this is a fault of Kiln; please report it".to_owned(),
             Self::NoBuildah(_) | Self::UnknownVersion(_) | Self::OldBuildah(_) => {
                 "install buildah, then run `kiln doctor`".to_owned()
             }
@@ -80,7 +87,7 @@ impl Agent {
         let identity = crate::slot::discover_identity()?;
         let buildah = buildah_version()?;
         let state = State::open(data)?;
-        let agent = Self { config, state, identity, buildah };
+        let agent = Self { config, state, identity, buildah, metrics: Metrics::new()? };
         // Now, and not when the first build needs it.
         agent.own_ca()?;
         Ok(agent)

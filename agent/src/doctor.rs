@@ -79,6 +79,7 @@ fn refusal(error: &AgentError) -> Finding {
         AgentError::Identity(_) => "subordinate ids",
         AgentError::State(_) => "data directory",
         AgentError::Ca { .. } | AgentError::Registries(_) => "configuration",
+        AgentError::Metrics(_) => "metrics",
         AgentError::NoBuildah(_) | AgentError::UnknownVersion(_) | AgentError::OldBuildah(_) => "buildah",
     };
     Finding::bad(name, Standing::Missing, chain(error), error.hint())

@@ -368,6 +368,7 @@ impl Run {
 
     async fn step(&mut self, slot: &mut Slot, step: Step) -> Attempt<crate::slot::wire::StepEnd> {
         let end = slot.run(step, &mut self.stop).await.map_err(|e| self.lost(&e))?;
+        self.agent.metrics.killed(end.left);
         if end.leftovers > 0 {
             // The kernel does not allow it, so somebody has to look at this machine.
             self.note(format!("{} processes outlived their step; they end with the slot", end.leftovers))

@@ -16,6 +16,7 @@ pub mod hooks;
 pub mod housekeeping;
 pub mod layers;
 pub mod logs;
+pub mod metrics;
 pub mod output;
 pub mod plan;
 pub mod publish;

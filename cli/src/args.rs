@@ -176,6 +176,9 @@ pub(crate) struct UpArgs {
     /// Also listen on this port of loopback; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) listen: Option<std::net::SocketAddr>,
+    /// Serve metrics for Prometheus on this port of loopback; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) metrics: Option<std::net::SocketAddr>,
     /// Builds that run at once
     #[arg(long, value_name = "NUMBER", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=256))]
     pub(crate) slots: u32,

@@ -1,5 +1,6 @@
 //! `kiln up` (edge): a server for this machine.
 
+mod metrics;
 mod server;
 
 use std::collections::BTreeSet;
@@ -54,7 +55,7 @@ async fn up(args: &UpArgs, agent: Agent) -> Result<u8, Exit> {
     let supplies = Arc::new(Server::new(Arc::clone(agent), api.contexts.clone()));
     let pair = Pair::start(Arc::clone(&orchestrator), station, equipped, supplies).await?;
     for listener in &listeners {
-        terminal::say(&format!("listening on {}", listener.address()));
+        terminal::say(&listener.announcement());
     }
     api::serve(api, listeners, async {
         signals.next().await;
@@ -74,6 +75,9 @@ async fn listen(args: &UpArgs, data: &Path) -> Result<Vec<Listener>, Exit> {
         let token = Token::open(&remote::default_token(data)).map_err(|e| refused(&e))?;
         listeners.push(Listener::loopback(address, token).await.map_err(|e| refused(&e))?);
     }
+    if let Some(address) = args.metrics {
+        listeners.push(metrics::listen(address).await?);
+    }
     Ok(listeners)
 }
 
@@ -81,7 +85,8 @@ async fn api(agent: &Arc<Agent>, orchestrator: Arc<Orchestrator>) -> Result<Api,
     let contexts = Blobs::directory(&agent.state.path("contexts")).await;
     let contexts = contexts.map_err(|e| Exit::system(chain(&e)))?;
     let max_context_bytes = agent.config.context.max_packed_bytes;
+    let metrics = metrics::registries(agent)?;
     let agent = Arc::clone(agent);
     let logs = LogSource::files(move |build, attempt| agent.state.log_path(build, attempt));
-    Ok(Api { orchestrator, contexts, max_context_bytes, logs })
+    Ok(Api { orchestrator, contexts, max_context_bytes, logs, metrics })
 }

@@ -11,6 +11,7 @@ use kiln_protocol::{BuildId, topology};
 use crate::build::{Build, Micros};
 use crate::decide::{self, Tries};
 use crate::entropy::{self, Entropy};
+use crate::metrics;
 use crate::policy::{self, PolicyRule};
 use crate::schedule::{Agent, Limits, Waiting};
 use crate::store::{Line, Outgoing, Recorded, Saved, Store, StoreError, Tx, Which};
@@ -94,6 +95,7 @@ impl Orchestrator {
             tx.send(&cancel).await?;
         }
         self.watch_tags(tx, before, &after).await?;
+        tx.count(metrics::changes(&before.build, &after));
         Ok(after)
     }
 

@@ -14,6 +14,7 @@ pub mod error;
 mod ingest;
 mod lease;
 pub mod logs;
+pub mod metrics;
 mod outbox;
 pub mod policy;
 pub mod run;

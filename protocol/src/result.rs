@@ -48,6 +48,28 @@ pub enum Phase {
 }
 
 impl Phase {
+    /// Every phase, in the order of a build.
+    pub const ALL: &'static [Self] = &[
+        Self::Start,
+        Self::Pack,
+        Self::Probe,
+        Self::Plan,
+        Self::Resolve,
+        Self::PreBuild,
+        Self::Fetch,
+        Self::Slot,
+        Self::Unpack,
+        Self::Build,
+        Self::Export,
+        Self::Seal,
+        Self::Clean,
+        Self::Upload,
+        Self::PostPush,
+        Self::Commit,
+        Self::Publish,
+        Self::Output,
+    ];
+
     /// The name on the wire, in messages and in metric labels.
     pub const fn label(self) -> &'static str {
         match self {

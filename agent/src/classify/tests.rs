@@ -8,6 +8,7 @@ fn end(stderr: &str) -> StepEnd {
         stderr: stderr.to_owned(),
         breach: None,
         terminated: false,
+        left: 0,
         leftovers: 0,
     }
 }

@@ -94,6 +94,8 @@ pub async fn run(
 ) -> std::io::Result<()> {
     let spool = Spool::open(&agent.state.path(&format!("reports/{}", station.id)), station.boot)?;
     let slots = station.slots;
+    agent.metrics.offers(slots);
+    agent.metrics.may_ask(hooks.iter().flat_map(|host| host.policies()).map(|(policy, _)| policy));
     let ctx = Arc::new(Context {
         id: station.id.clone(),
         authority: Authority::new(bus.clone()),

@@ -57,6 +57,7 @@ impl Work {
         let (stopper, signal) = stop::channel();
         let mut outside = std::mem::replace(&mut self.stop, signal);
         let limit = self.grant.spec.request.timeout;
+        let running = self.ctx.agent.metrics.begun();
         let mut finished = None;
         let result = tokio::select! {
             result = self.until_commit(&mut finished) => result,
@@ -77,6 +78,9 @@ impl Work {
         };
         let log = finished.as_ref().map(|f: &Finished| f.result.log.clone());
         let phases = self.phases.clone();
+        let metrics = &self.ctx.agent.metrics;
+        metrics.ended(&running, failure.as_ref().map(|failure| failure.reason), &phases);
+        log.iter().for_each(|log| metrics.logged(log));
         let ended = Ended { finished: finished.as_ref(), failure: failure.as_ref(), phases: &phases };
         self.ctx.supplies.ended(self.grant.lease.build, ended).await;
         self.reporter.durable(|snapshot| {
@@ -237,6 +241,7 @@ impl Work {
             let image = ImageView::of_sealed(Arc::clone(view), platform.clone(), sealed, &finished.blobs);
             let image = image.map_err(|e| self.fail(Reason::CandidateCorrupt, chain(&e)))?;
             let spoke = host.post_push(Arc::new(image), &self.stop).await;
+            self.ctx.agent.metrics.asked(&spoke);
             for line in spoke.iter().flat_map(executor::verdict_lines) {
                 self.tell(Event::Note(line)).await;
             }

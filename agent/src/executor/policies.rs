@@ -50,6 +50,7 @@ impl Run {
             view.input_digest = input_digest(&view, &self.request, &policies.context);
             let view = Arc::new(view);
             let verdicts = policies.host.pre_build(Arc::clone(&view), &self.stop).await;
+            self.agent.metrics.asked(&verdicts);
             self.tell_verdicts(&verdicts).await;
             self.verdicts.extend(verdicts);
             self.views.push(view);

@@ -147,6 +147,7 @@ impl Slot {
                 stderr: String::new(),
                 breach: Some(Breach::Memory { peak }),
                 terminated: false,
+                left: 0,
                 leftovers: 0,
             })),
             _ => report,

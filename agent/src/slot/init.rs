@@ -62,6 +62,7 @@ pub(super) fn failed(message: &str) -> StepEnd {
         stderr: message.to_owned(),
         breach: None,
         terminated: false,
+        left: 0,
         leftovers: 0,
     }
 }
@@ -231,6 +232,7 @@ impl Watch {
             stderr: String::from_utf8_lossy(&self.tail).into_owned(),
             breach,
             terminated: self.terminated,
+            left: u32::try_from(processes().saturating_sub(1)).unwrap_or(u32::MAX),
             leftovers: 0,
         }
     }

@@ -208,6 +208,8 @@ pub struct StepEnd {
     pub breach: Option<Breach>,
     /// SIGTERM was sent to it.
     pub terminated: bool,
+    /// Processes that were left when its PID 1 ended; the kernel kills them with it.
+    pub left: u32,
     /// Processes that outlived its PID 1. The kernel allows none.
     pub leftovers: u32,
 }

@@ -33,6 +33,11 @@ pub(super) enum Door {
         /// What they have to show.
         token: Token,
     },
+    /// Anybody on the machine may read the numbers.
+    Metrics {
+        /// Its port.
+        port: u16,
+    },
 }
 
 /// Who asks, for the audit.
@@ -49,6 +54,7 @@ pub(super) async fn guard(
     let actor = match door {
         Door::Unix => "unix socket",
         Door::Loopback { .. } => "loopback token",
+        Door::Metrics { .. } => "metrics",
     };
     request.extensions_mut().insert(Actor(actor));
     let mut response = next.run(request).await;
@@ -100,7 +106,7 @@ fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
 fn is_ours(door: &Door, authority: &Authority) -> bool {
     let port = match door {
         Door::Unix => DEFAULT_PORT,
-        Door::Loopback { port, .. } => *port,
+        Door::Loopback { port, .. } | Door::Metrics { port } => *port,
     };
     // Userinfo is not part of the host, and no client of ours sends it.
     !authority.as_str().contains('@')

@@ -110,13 +110,22 @@ impl Listener {
 
     /// Listens on a port of loopback for whoever has the token.
     pub async fn loopback(address: SocketAddr, token: Token) -> Result<Self, ListenError> {
-        if !address.ip().is_loopback() {
-            return Err(ListenError::NotLoopback(address));
+        let (socket, port) = tcp(address).await?;
+        Ok(Self { socket, door: Door::Loopback { port, token } })
+    }
+
+    /// Listens on a port of loopback for whoever wants the metrics, and serves nothing else.
+    pub async fn metrics(address: SocketAddr) -> Result<Self, ListenError> {
+        let (socket, port) = tcp(address).await?;
+        Ok(Self { socket, door: Door::Metrics { port } })
+    }
+
+    /// What a server says of it when it starts.
+    pub fn announcement(&self) -> String {
+        match self.door {
+            Door::Metrics { .. } => format!("metrics on {}/metrics", self.address()),
+            _ => format!("listening on {}", self.address()),
         }
-        let failed = |source| ListenError::Io { doing: "listen on", place: address.to_string(), source };
-        let listener = TcpListener::bind(address).await.map_err(failed)?;
-        let port = listener.local_addr().map_err(failed)?.port();
-        Ok(Self { socket: Socket::Tcp(listener), door: Door::Loopback { port, token } })
     }
 
     /// The address for clients: `unix:PATH` or `http://ADDRESS`.
@@ -128,6 +137,16 @@ impl Listener {
             }
         }
     }
+}
+
+async fn tcp(address: SocketAddr) -> Result<(Socket, u16), ListenError> {
+    if !address.ip().is_loopback() {
+        return Err(ListenError::NotLoopback(address));
+    }
+    let failed = |source| ListenError::Io { doing: "listen on", place: address.to_string(), source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let port = listener.local_addr().map_err(failed)?.port();
+    Ok((Socket::Tcp(listener), port))
 }
 
 fn failed(doing: &'static str, path: &Path) -> impl Fn(io::Error) -> ListenError {

@@ -6,6 +6,7 @@ mod events;
 mod guard;
 mod listen;
 mod log;
+mod metrics;
 mod patient;
 mod problem;
 mod queue;
@@ -49,6 +50,8 @@ pub struct Api {
     pub max_context_bytes: u64,
     /// Where logs are.
     pub logs: LogSource,
+    /// Numbers of other parts of this process, beside those of the orchestrator.
+    pub metrics: Vec<prometheus::Registry>,
 }
 
 /// The [`Api`] while it is served.

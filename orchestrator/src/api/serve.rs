@@ -14,10 +14,10 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
-use super::guard::guard;
+use super::guard::{Door, guard};
 use super::listen::{Listener, Socket};
 use super::patient::Patient;
-use super::{Api, Served, router};
+use super::{Api, Served, metrics, router};
 
 /// Connections of one listener; more wait in the kernel. Streams are most of them.
 const MAX_CONNECTIONS: usize = 256;
@@ -55,9 +55,11 @@ impl Closing {
 pub async fn serve(api: Api, listeners: Vec<Listener>, shutdown: impl Future<Output = ()> + Send) {
     let (close, closing) = watch::channel(false);
     let closing = Closing(closing);
+    let numbers = metrics::router(api.clone(), closing.clone());
     let router = router(Served { api, closing: closing.clone() });
     let mut accepting = JoinSet::new();
     for Listener { socket, door } in listeners {
+        let router = if matches!(door, Door::Metrics { .. }) { &numbers } else { &router };
         let router = router.clone().layer(from_fn_with_state(door, guard));
         accepting.spawn(accept(socket, router, closing.clone()));
     }

@@ -104,7 +104,8 @@ const DUE: &str = "SELECT id, due_at FROM builds WHERE due_at < $1 AND (due_at, 
 const FAR_LEASES: &str = "SELECT id FROM builds WHERE lease_until > $1 ORDER BY lease_until DESC LIMIT $2";
 const HOLDERS: &str =
     "SELECT DISTINCT lease_agent FROM builds WHERE lease_agent IS NOT NULL ORDER BY lease_agent";
-const COUNTS: &str = "SELECT state, COUNT(*) AS builds FROM builds GROUP BY state";
+const COUNTS: &str = "SELECT state, COUNT(*) AS builds FROM builds \
+    WHERE state IN ('PENDING', 'BUILDING', 'PUSHING', 'DEAD_LETTER') GROUP BY state";
 pub(super) const STATEMENTS: &[&str] = &[
     INSERT,
     BY_KEY,
@@ -329,7 +330,7 @@ impl Tx {
         rows.iter().map(waiting).collect()
     }
 
-    /// How many builds there are in each state that has some.
+    /// How many builds there are in each state that has some; the final ones, which nobody counts, are left out.
     pub async fn counts(&mut self) -> Result<Vec<(State, u64)>, StoreError> {
         let rows = sqlx::query(COUNTS).fetch_all(&mut *self.inner).await?;
         let count = |row: &SqliteRow| {

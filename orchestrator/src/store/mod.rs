@@ -25,6 +25,7 @@ use sqlx::{SqlSafeStr as _, Sqlite, Transaction};
 use tokio::sync::Notify;
 
 use crate::build::Micros;
+use crate::metrics::{Change, Metrics};
 
 pub use agents::AgentRow;
 pub use builds::{Due, Inserted, Line, Recorded, Saved, Which};
@@ -62,6 +63,9 @@ pub enum StoreError {
         #[source]
         source: sqlx::migrate::MigrateError,
     },
+    /// Two numbers have the same name.
+    #[error("prepare the metrics")]
+    Metrics(#[from] prometheus::Error),
     /// A statement failed.
     #[error("use the database")]
     Sql(#[from] sqlx::Error),
@@ -82,6 +86,7 @@ pub struct Store {
     readers: SqlitePool,
     clock: Clock,
     told: Arc<Notify>,
+    metrics: Arc<Metrics>,
 }
 
 /// A transaction. Dropped without [`Tx::commit`] it changes nothing.
@@ -92,6 +97,9 @@ pub struct Tx {
     /// Whom to wake once this is committed: set by an event or a message.
     tells: bool,
     told: Arc<Notify>,
+    /// What is counted once this is committed.
+    changes: Vec<Change>,
+    metrics: Arc<Metrics>,
 }
 
 impl Store {
@@ -113,7 +121,8 @@ impl Store {
         let migrated = migrations().run(&writer).await;
         migrated.map_err(|source| StoreError::Migrate { path: path.to_owned(), source })?;
         let readers = pool(READERS).connect_with(options).await.map_err(failed)?;
-        Ok(Self { writer, readers, clock, told: Arc::default() })
+        let metrics = Arc::new(Metrics::new()?);
+        Ok(Self { writer, readers, clock, told: Arc::default(), metrics })
     }
 
     /// Microseconds since 1970, by the clock of the database.
@@ -135,12 +144,18 @@ impl Store {
     }
 
     fn tx(&self, inner: Transaction<'static, Sqlite>) -> Tx {
-        Tx { inner, now: self.clock.now(), tells: false, told: Arc::clone(&self.told) }
+        let (told, metrics) = (Arc::clone(&self.told), Arc::clone(&self.metrics));
+        Tx { inner, now: self.clock.now(), tells: false, told, changes: Vec::new(), metrics }
     }
 
     /// Waits until this process commits an event or a message, from the call on. Other processes wake nobody here.
     pub fn next_change(&self) -> impl Future<Output = ()> + Send + '_ {
         self.told.notified()
+    }
+
+    /// What this process committed.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Ends every use of the database.
@@ -156,9 +171,15 @@ impl Tx {
         self.now
     }
 
+    /// Counts this, if it is committed.
+    pub(crate) fn count(&mut self, changes: Vec<Change>) {
+        self.changes.extend(changes);
+    }
+
     /// Makes the changes last.
     pub async fn commit(self) -> Result<(), StoreError> {
         self.inner.commit().await?;
+        self.changes.into_iter().for_each(|change| self.metrics.count(change));
         if self.tells {
             self.told.notify_waiters();
         }
@@ -204,4 +225,30 @@ fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(
     text: &str,
 ) -> Result<T, StoreError> {
     text.parse().map_err(|e: T::Err| StoreError::Row { what, why: e.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_protocol::Reason;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn only_what_is_committed_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("kiln.db"), Clock::System).await.unwrap();
+        let counted = || {
+            let families = store.metrics().registry().gather();
+            let retries = families.iter().find(|f| f.name() == "kiln_retries_total").unwrap();
+            retries.get_metric().iter().map(|metric| metric.get_counter().get_value()).sum::<f64>()
+        };
+        let mut tx = store.write().await.unwrap();
+        tx.count(vec![Change::Retried(Reason::Network)]);
+        drop(tx);
+        assert!(counted() < 0.5, "a change that was undone was counted");
+        let mut tx = store.write().await.unwrap();
+        tx.count(vec![Change::Retried(Reason::Network)]);
+        tx.commit().await.unwrap();
+        assert!((counted() - 1.0).abs() < 0.5, "a change that was committed was not");
+    }
 }

@@ -4,5 +4,6 @@
 mod access;
 mod builds;
 mod contexts;
+mod metrics;
 mod scene;
 mod streams;

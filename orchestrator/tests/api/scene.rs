@@ -37,6 +37,8 @@ pub(crate) struct Scene {
     pub(crate) orchestrator: Arc<Orchestrator>,
     pub(crate) port: u16,
     pub(crate) token: String,
+    /// Where the metrics are.
+    pub(crate) metrics: String,
     unix: Client,
     stop: Option<oneshot::Sender<()>>,
     serving: JoinSet<()>,
@@ -59,6 +61,7 @@ impl Scene {
             contexts: Blobs::directory(&folder.path().join("contexts")).await.unwrap(),
             max_context_bytes: MAX_CONTEXT,
             logs: LogSource::files(move |build, attempt| logs.join(format!("{build}-{attempt}.log"))),
+            metrics: Vec::new(),
         };
         let socket = folder.path().join("api/kiln.sock");
         let unix = Listener::unix(&socket).unwrap();
@@ -66,9 +69,11 @@ impl Scene {
         let token = Token::open(&token_file).unwrap();
         let loopback = Listener::loopback("127.0.0.1:0".parse().unwrap(), token).await.unwrap();
         let port = loopback.address().rsplit_once(':').unwrap().1.parse().unwrap();
+        let numbers = Listener::metrics("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let metrics = format!("{}/metrics", numbers.address());
         let (stop, stopped) = oneshot::channel::<()>();
         let mut serving = JoinSet::new();
-        serving.spawn(serve(api, vec![unix, loopback], async {
+        serving.spawn(serve(api, vec![unix, loopback, numbers], async {
             let _ = stopped.await;
         }));
         Self {
@@ -76,6 +81,7 @@ impl Scene {
             port,
             token: std::fs::read_to_string(token_file).unwrap().trim_end().to_owned(),
             unix: Client::builder().unix_socket(socket).no_proxy().build().unwrap(),
+            metrics,
             folder,
             stop: Some(stop),
             serving,
