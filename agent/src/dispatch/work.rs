@@ -80,7 +80,9 @@ impl Work {
         let phases = self.phases.clone();
         let metrics = &self.ctx.agent.metrics;
         metrics.ended(&running, failure.as_ref().map(|failure| failure.reason), &phases);
-        log.iter().for_each(|log| metrics.logged(log));
+        if let Some(log) = &log {
+            metrics.logged(log);
+        }
         let ended = Ended { finished: finished.as_ref(), failure: failure.as_ref(), phases: &phases };
         self.ctx.supplies.ended(self.grant.lease.build, ended).await;
         self.reporter.durable(|snapshot| {

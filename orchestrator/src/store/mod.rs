@@ -179,7 +179,9 @@ impl Tx {
     /// Makes the changes last.
     pub async fn commit(self) -> Result<(), StoreError> {
         self.inner.commit().await?;
-        self.changes.into_iter().for_each(|change| self.metrics.count(change));
+        for change in self.changes {
+            self.metrics.count(change);
+        }
         if self.tells {
             self.told.notify_waiters();
         }
