@@ -94,7 +94,8 @@ pub struct Finished {
     pub verdicts: Vec<Verdict>,
     /// What they saw, by repository: what they see of the image goes with it.
     pub views: Vec<Arc<BuildView>>,
-    _job: Job,
+    /// The private directory of the build; it goes with this.
+    pub job: Job,
 }
 
 /// A build that can start.
@@ -237,7 +238,7 @@ impl Run {
             last_lines,
             verdicts: self.verdicts,
             views: self.views,
-            _job: self.job,
+            job: self.job,
         }
     }
 

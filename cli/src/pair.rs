@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_agent::agent::Agent;
-use kiln_agent::dispatch::{self, Station, Supplies, Wish};
+use kiln_agent::dispatch::{self, Machine, Station, Supplies, Wish};
 use kiln_agent::error::chain;
 use kiln_agent::hooks::{HookHost, LoadError};
 use kiln_orchestrator::core::{Orchestrator, Settings};
@@ -107,7 +107,7 @@ impl Pair {
         let bus = broker.connect(station.id.as_str());
         let (wish, wished) = watch::channel(Wish::Work);
         let mut agent = JoinSet::new();
-        agent.spawn(dispatch::run(station, equipped, supplies, bus, wished));
+        agent.spawn(dispatch::run(station, equipped, (supplies, Arc::new(Machine)), bus, wished));
         Ok(Self { orchestrator, wish, agent, loops })
     }
 

@@ -4,6 +4,7 @@
 
 mod authority;
 mod core;
+mod hands;
 mod publish;
 mod spool;
 mod supplies;
@@ -38,6 +39,7 @@ use crate::hooks::HookHost;
 use crate::stop::{self, Stopper};
 
 pub use self::core::Wish;
+pub use self::hands::{Hands, Machine, Remote};
 pub use self::supplies::{Ended, Supplies};
 
 /// Pause between two renewals: six fit into the time of a lease.
@@ -77,6 +79,7 @@ struct Context {
     station: Station,
     agent: Arc<Agent>,
     supplies: Arc<dyn Supplies>,
+    hands: Arc<dyn Hands>,
     hooks: Option<Arc<HookHost>>,
     authority: Authority,
     bus: Bus,
@@ -88,7 +91,7 @@ struct Context {
 pub async fn run(
     station: Station,
     (agent, hooks): (Arc<Agent>, Option<Arc<HookHost>>),
-    supplies: Arc<dyn Supplies>,
+    (supplies, hands): (Arc<dyn Supplies>, Arc<dyn Hands>),
     bus: Bus,
     wish: watch::Receiver<Wish>,
 ) -> std::io::Result<()> {
@@ -102,6 +105,7 @@ pub async fn run(
         station,
         agent,
         supplies,
+        hands,
         hooks,
         bus,
         spool,
@@ -150,6 +154,7 @@ impl Dispatcher {
         }
         while !self.core.is_done() {
             let events = tokio::select! {
+                biased;
                 Ok(()) = wish.changed() => vec![Event::Wish(*wish.borrow_and_update())],
                 Some(ended) = self.tasks.join_next_with_id() => self.ended(ended),
                 Some(events) = renewing.join_next() => events.unwrap_or_default(),
@@ -236,6 +241,7 @@ impl Dispatcher {
 async fn seek(ctx: Arc<Context>, lane: Lane, claim: ClaimId) -> Vec<Event> {
     let mut wish = ctx.wish.clone();
     let hint = tokio::select! {
+        biased;
         hint = hint(&ctx, lane) => hint,
         _ = wish.wait_for(|wish| *wish != Wish::Work) => return vec![Event::Answered(lane, ClaimAnswer::Nothing)],
     };
@@ -250,6 +256,7 @@ async fn seek(ctx: Arc<Context>, lane: Lane, claim: ClaimId) -> Vec<Event> {
     });
     // With the same id until there is an answer: one that was lost may have been a lease.
     let answer = tokio::select! {
+        biased;
         answer = ctx.authority.insist(&request) => answer,
         _ = wish.wait_for(|wish| *wish == Wish::Stop) => Answer::Claim(ClaimAnswer::Nothing),
     };
@@ -263,6 +270,7 @@ async fn seek(ctx: Arc<Context>, lane: Lane, claim: ClaimId) -> Vec<Event> {
     };
     if lane == Lane::Publish && answer == ClaimAnswer::Nothing {
         tokio::select! {
+            biased;
             () = tokio::time::sleep(PUBLISH_EVERY) => {}
             _ = wish.wait_for(|wish| *wish != Wish::Work) => {}
         }

@@ -11,11 +11,13 @@ use kiln_protocol::{Reason, Target};
 use kiln_transport::Backoff;
 
 use super::Context;
+use super::hands::Remote;
 use super::spool::Reporter;
+use crate::agent::AgentError;
 use crate::error::chain;
 use crate::executor::Place;
 use crate::hooks::view::TagView;
-use crate::publish::{self, PublishError, Publisher};
+use crate::publish::{self, PublishError};
 use crate::registry::push::{Candidate, DEFAULT_BUDGET, Mount, TagOutcome};
 use crate::registry::{Credentials, Reference};
 use crate::stop::{self, StopReason, StopSignal};
@@ -27,16 +29,13 @@ const PAUSE: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_mins(
 
 /// Pushes for one build.
 pub(super) struct Pusher {
-    publisher: Publisher,
+    publisher: Box<dyn Remote>,
 }
 
 impl Pusher {
     pub(super) fn new(ctx: &Context, credentials: Credentials) -> Result<Self, Failure> {
-        let config = &ctx.agent.config;
-        let unfit = |message: String| Failure::new(Reason::BadRequest, Phase::Probe, message);
-        let ca: Vec<Vec<u8>> = ctx.agent.own_ca().map_err(|e| unfit(chain(&e)))?.into_iter().collect();
-        let publisher = Publisher::new(config.registry.clone(), credentials, config.build.proxy.clone(), &ca);
-        Ok(Self { publisher: publisher.map_err(|e| unfit(chain(&e)))? })
+        let unfit = |e: AgentError| Failure::new(Reason::BadRequest, Phase::Probe, chain(&e));
+        Ok(Self { publisher: ctx.hands.remote(&ctx.agent, credentials).map_err(unfit)? })
     }
 
     /// Asks whether every target could take an image now, and what its tag shows.
@@ -64,8 +63,7 @@ impl Pusher {
         let mut done: Vec<Mount> = Vec::new();
         for reference in repositories(targets)? {
             let place = publish::Target { repository: &reference, budget: DEFAULT_BUDGET };
-            let uploaded =
-                self.publisher.upload(place, candidate, (blobs, &done), &mut stop.clone(), &|_, _| ()).await;
+            let uploaded = self.publisher.upload(place, candidate, (blobs, &done), &mut stop.clone()).await;
             uploaded.map_err(|e| refused(&e, Phase::Upload))?;
             let digests: BTreeSet<_> = candidate.blobs.iter().map(|blob| blob.digest.clone()).collect();
             done.push(Mount { repository: reference, blobs: digests });

@@ -164,7 +164,7 @@ impl Work {
 
     async fn execute_and_forward(&self, order: Order) -> Result<Finished, Failure> {
         let (events, mut received) = mpsc::channel(EVENT_BUFFER);
-        let running = executor::run(Arc::clone(&self.ctx.agent), order, events, self.stop.clone());
+        let running = self.ctx.hands.build(Arc::clone(&self.ctx.agent), order, events, self.stop.clone());
         let forwarding = async {
             while let Some(event) = received.recv().await {
                 if let Event::Phase(phase) = &event {
@@ -175,6 +175,7 @@ impl Work {
         };
         tokio::pin!(running, forwarding);
         let finished = tokio::select! {
+            biased;
             finished = &mut running => finished,
             // It ends with the events, and these with the build.
             () = &mut forwarding => return running.await.map_err(|e| self.fail(Reason::StoreCorrupt, chain(&e))),
@@ -334,6 +335,7 @@ impl Work {
     async fn tell(&self, event: Event) {
         let mut stop = self.stop.clone();
         tokio::select! {
+            biased;
             _ = self.watcher.send(event) => {}
             _ = stop.stopped() => {}
         }

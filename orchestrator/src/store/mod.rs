@@ -12,6 +12,7 @@ mod lock;
 mod outbox;
 mod retention;
 mod streams;
+mod trouble;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -34,6 +35,7 @@ pub use heads::Recheck;
 pub use outbox::{Outgoing, Pending};
 pub use retention::Retention;
 pub use streams::{BadMessage, StoredEvent};
+pub use trouble::{Fate, Trouble, Turn};
 
 /// A writer waits this long for another process that writes.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -87,6 +89,7 @@ pub struct Store {
     clock: Clock,
     told: Arc<Notify>,
     metrics: Arc<Metrics>,
+    trouble: Option<Arc<dyn Trouble>>,
 }
 
 /// A transaction. Dropped without [`Tx::commit`] it changes nothing.
@@ -100,6 +103,9 @@ pub struct Tx {
     /// What is counted once this is committed.
     changes: Vec<Change>,
     metrics: Arc<Metrics>,
+    trouble: Option<Arc<dyn Trouble>>,
+    /// Given back after the transaction has ended.
+    _turn: Option<Turn>,
 }
 
 impl Store {
@@ -122,7 +128,13 @@ impl Store {
         migrated.map_err(|source| StoreError::Migrate { path: path.to_owned(), source })?;
         let readers = pool(READERS).connect_with(options).await.map_err(failed)?;
         let metrics = Arc::new(Metrics::new()?);
-        Ok(Self { writer, readers, clock, told: Arc::default(), metrics })
+        Ok(Self { writer, readers, clock, told: Arc::default(), metrics, trouble: None })
+    }
+
+    /// The same record, with what a simulation does to it.
+    #[must_use]
+    pub fn with_trouble(self, trouble: Arc<dyn Trouble>) -> Self {
+        Self { trouble: Some(trouble), ..self }
     }
 
     /// Microseconds since 1970, by the clock of the database.
@@ -133,19 +145,36 @@ impl Store {
     /// Begins a change. Nobody else writes until it ends.
     pub async fn write(&self) -> Result<Tx, StoreError> {
         // Immediate: a transaction that becomes a writer later fails at once when another one was faster.
+        let turn = self.turn().await;
         let inner = self.writer.begin_with("BEGIN IMMEDIATE".into_sql_str()).await?;
-        Ok(self.tx(inner))
+        Ok(self.tx(inner, turn))
     }
 
     /// Begins to read one consistent state.
     pub async fn read(&self) -> Result<Tx, StoreError> {
+        let turn = self.turn().await;
         let inner = self.readers.begin().await?;
-        Ok(self.tx(inner))
+        Ok(self.tx(inner, turn))
     }
 
-    fn tx(&self, inner: Transaction<'static, Sqlite>) -> Tx {
-        let (told, metrics) = (Arc::clone(&self.told), Arc::clone(&self.metrics));
-        Tx { inner, now: self.clock.now(), tells: false, told, changes: Vec::new(), metrics }
+    fn tx(&self, inner: Transaction<'static, Sqlite>, turn: Option<Turn>) -> Tx {
+        Tx {
+            inner,
+            now: self.clock.now(),
+            tells: false,
+            told: Arc::clone(&self.told),
+            changes: Vec::new(),
+            metrics: Arc::clone(&self.metrics),
+            trouble: self.trouble.clone(),
+            _turn: turn,
+        }
+    }
+
+    async fn turn(&self) -> Option<Turn> {
+        match &self.trouble {
+            Some(trouble) => Some(trouble.turn().await),
+            None => None,
+        }
     }
 
     /// Waits until this process commits an event or a message, from the call on. Other processes wake nobody here.
@@ -178,10 +207,13 @@ impl Tx {
 
     /// Makes the changes last.
     pub async fn commit(self) -> Result<(), StoreError> {
+        let fate = self.trouble.as_ref().map_or(Fate::Kept, |trouble| trouble.fate());
+        fate.before()?;
         self.inner.commit().await?;
         for change in self.changes {
             self.metrics.count(change);
         }
+        fate.after()?;
         if self.tells {
             self.told.notify_waiters();
         }
