@@ -1,0 +1,101 @@
+//! What goes wrong with the record, and the hold on the clock while it is in use.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use fastrand::Rng;
+use futures_util::future::{BoxFuture, FutureExt as _};
+use kiln_orchestrator::store::{Fate, Trouble, Turn};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+/// The database works on threads of its own. While it does, the runtime looks idle, and a paused clock would run on
+/// as fast as the machine happens to be. So the clock is held, and one transaction follows the other.
+#[derive(Debug)]
+pub(crate) struct Record {
+    hold: Arc<Hold>,
+    turns: Arc<Semaphore>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    random: Rng,
+    rate: f64,
+    counts: BTreeMap<&'static str, u64>,
+}
+
+impl Record {
+    pub(crate) fn new(random: Rng, hold: Arc<Hold>) -> Self {
+        let state = State { random, rate: 0.0, counts: BTreeMap::new() };
+        Self { hold, turns: Arc::new(Semaphore::new(1)), state: Mutex::new(state) }
+    }
+
+    /// How many commits go wrong, from 0 to 1.
+    pub(crate) fn set_rate(&self, rate: f64) {
+        self.state.lock().unwrap().rate = rate;
+    }
+
+    pub(crate) fn counts(&self) -> BTreeMap<&'static str, u64> {
+        self.state.lock().unwrap().counts.clone()
+    }
+}
+
+impl Trouble for Record {
+    fn turn(&self) -> BoxFuture<'_, Turn> {
+        async {
+            let permit = Arc::clone(&self.turns).acquire_owned().await.unwrap();
+            Box::new((self.hold.begin(), permit) as (Held, OwnedSemaphorePermit)) as Turn
+        }
+        .boxed()
+    }
+
+    fn fate(&self) -> Fate {
+        let mut state = self.state.lock().unwrap();
+        let (wrong, unheard) = (state.random.f64() < state.rate, state.random.bool());
+        let (fate, what) = match (wrong, unheard) {
+            (false, _) => return Fate::Kept,
+            (true, true) => (Fate::Unheard, "commit unheard"),
+            (true, false) => (Fate::Lost, "commit lost"),
+        };
+        *state.counts.entry(what).or_default() += 1;
+        fate
+    }
+}
+
+/// Holds the clock.
+#[derive(Debug, Default)]
+pub(crate) struct Hold {
+    holders: AtomicUsize,
+    began: Notify,
+}
+
+impl Hold {
+    pub(crate) fn begin(self: &Arc<Self>) -> Held {
+        self.holders.fetch_add(1, Ordering::SeqCst);
+        self.began.notify_one();
+        Held(Arc::clone(self))
+    }
+
+    /// Keeps the runtime busy while somebody holds the clock: only an idle one lets it run on.
+    pub(crate) async fn keep(self: Arc<Self>) {
+        loop {
+            if self.holders.load(Ordering::SeqCst) == 0 {
+                self.began.notified().await;
+            } else {
+                std::thread::yield_now();
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}
+
+/// The clock stands still until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Held(Arc<Hold>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.holders.fetch_sub(1, Ordering::SeqCst);
+    }
+}
