@@ -80,7 +80,8 @@ pub(crate) fn run(seed: u64) -> Ran {
             let mut cluster = Cluster::new(seed, folder.path(), hold).await;
             cluster.storm().await;
             let ended = cluster.calm().await;
-            let ran = check::check(&cluster, ended).await;
+            let mut ran = check::check(&cluster, ended).await;
+            ran.happened.insert("seconds", cluster.began.elapsed().as_secs());
             cluster.end().await;
             ran
         };
@@ -106,6 +107,7 @@ pub(crate) struct Cluster {
     loops: JoinSet<()>,
     nodes: Vec<Node>,
     hold: Arc<Hold>,
+    began: Instant,
 }
 
 /// A machine with an agent, if it runs.
@@ -147,6 +149,7 @@ impl Cluster {
             loops: JoinSet::new(),
             nodes,
             hold,
+            began: Instant::now(),
         };
         cluster.start_orchestrator().await;
         for n in 0..cluster.nodes.len() {

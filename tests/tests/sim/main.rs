@@ -45,6 +45,7 @@ fn every_invariant_holds_whatever_goes_wrong() {
         for line in &ran.trace {
             eprintln!("{line}");
         }
+        eprintln!("{:?}", ran.happened);
         assert!(ran.broken.is_empty(), "{}: {:#?}", command(seed), ran.broken);
         return;
     }

@@ -38,6 +38,8 @@ enum Status {
 
 #[derive(Debug)]
 struct PendingCall {
+    /// Its place among all calls: ids are random, and what happens here must not be.
+    place: u64,
     reply: Option<Message>,
     wake: Arc<Notify>,
 }
@@ -59,7 +61,9 @@ impl ConnectionEntry {
         self.status = status;
         self.changed.notify_waiters();
         // Whoever waits for a reply sees that it cannot come any more.
-        for call in self.calls.values() {
+        let mut calls: Vec<_> = self.calls.values().collect();
+        calls.sort_by_key(|call| call.place);
+        for call in calls {
             call.wake.notify_waiters();
         }
     }
@@ -160,6 +164,7 @@ impl Broker {
         from: ConnectionId,
         id: Uuid,
     ) -> Result<(String, Arc<Notify>), BusError> {
+        let place = self.number();
         let connection = self.up(from)?;
         if connection.calls.contains_key(&id) {
             return Err(BusError::CallUnderWay);
@@ -168,7 +173,7 @@ impl Broker {
             return Err(BusError::TooMany { what: "calls", limit: MAX_CALLS });
         }
         let wake = Arc::new(Notify::new());
-        connection.calls.insert(id, PendingCall { reply: None, wake: Arc::clone(&wake) });
+        connection.calls.insert(id, PendingCall { place, reply: None, wake: Arc::clone(&wake) });
         Ok((format!("{REPLIES}{}.{}", from.0, connection.epoch), wake))
     }
 
