@@ -40,7 +40,7 @@ const STORM: Duration = Duration::from_secs(90);
 /// Builds are submitted within this time.
 const SUBMITTING: u64 = 60;
 /// After the storm every build ends within this time: the longest pause between two tries, and all lease times.
-const PATIENCE: Duration = Duration::from_mins(60);
+const PATIENCE: Duration = Duration::from_hours(1);
 /// The first look at a tag that somebody may have moved back comes after a minute.
 const QUIET: Duration = Duration::from_secs(100);
 const ORCHESTRATOR: &str = "kiln-orchestrator";
@@ -125,12 +125,12 @@ impl Cluster {
     async fn new(seed: u64, folder: &Path, hold: Arc<Hold>) -> Self {
         let mut random = Rng::with_seed(seed);
         let clock = Arc::new(AtomicI64::new(1_700_000_000_000_000));
-        let record = Arc::new(Record::new(random.fork(), Arc::clone(&hold)));
-        let held = hold.begin();
+        let trouble = Arc::new(Record::new(random.fork(), Arc::clone(&hold)));
+        let still = hold.begin();
         let store =
             Store::open(&folder.join("kiln.db"), Clock::Runtime(Instant::now(), Arc::clone(&clock))).await;
-        drop(held);
-        let store = store.unwrap().with_trouble(Arc::clone(&record) as _);
+        drop(still);
+        let store = store.unwrap().with_trouble(Arc::clone(&trouble) as _);
         let settings =
             Settings { limits: Limits { per_namespace: 1000 }, policies: Vec::new(), only_pool: None };
         let orchestrator = Arc::new(Orchestrator::new(store, settings, Entropy::seeded(random.u64(..))));
@@ -142,7 +142,7 @@ impl Cluster {
             outside,
             builds: Vec::new(),
             cancelled: BTreeSet::new(),
-            record,
+            record: trouble,
             broker,
             random,
             clock,

@@ -1,6 +1,7 @@
 //! Whole clusters on one thread: real orchestrators and real agents, a clock that waits for nobody, and faults from
 //! a seed. `KILN_SIM_SEED=7 cargo nextest run -p kiln-tests --test sim` runs one seed and prints its trace.
 #![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::disallowed_methods, reason = "every task ends with the runtime of its seed")]
 
 mod check;
 mod cluster;
