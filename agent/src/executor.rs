@@ -19,6 +19,7 @@ use kiln_protocol::request::BuildRequest;
 use kiln_protocol::result::{BuildResult, Failure, Location, LogSummary, Phase, PhaseDuration};
 use kiln_protocol::verdict::Verdict;
 use kiln_protocol::{BuildId, Digest, Reason};
+use kiln_transport::crash::{self, CrashPoint};
 use tokio::sync::mpsc;
 
 use crate::agent::Agent;
@@ -291,12 +292,14 @@ impl Run {
                 return Err(failure);
             }
         };
+        crash::reach(CrashPoint::SlotStarted);
         let built = self.in_slot(&mut slot, &planned, &bases, cache).await;
         match &built {
             Ok(_) => self.enter(Phase::Clean).await,
             Err(failure) => self.doubt_layers(failure).await,
         }
         let finished = slot.finish().await;
+        crash::reach(CrashPoint::SlotEnded);
         if finished.is_err() {
             self.sweep_after_loss().await;
         }
@@ -333,12 +336,14 @@ impl Run {
         let image_id = self.export(slot, bases).await?;
         self.enter(Phase::Seal).await;
         let built = self.seal(image_id, bases).await?;
+        crash::reach(CrashPoint::Sealed);
         if let Some(content) = content {
             self.keep_cache(slot, content).await;
         }
         if let Some(measured) = measured {
             self.keep_layers(slot, &measured).await;
         }
+        crash::reach(CrashPoint::LayersKept);
         Ok(built)
     }
 

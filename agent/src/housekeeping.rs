@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use kiln_protocol::{BuildId, Digest};
+use kiln_transport::crash::{self, CrashPoint};
 
 use crate::agent::Agent;
 use crate::bases::{self, BaseRecord, Bases};
@@ -61,6 +62,7 @@ pub async fn reclaim(agent: &Agent) -> Result<usize, HousekeepingError> {
     paths.extend(abandoned.iter().map(|job| slot_directory(job.name())));
     let count = paths.len();
     remove(agent, paths).await?;
+    crash::reach(CrashPoint::SlotsReclaimed);
     for job in &abandoned {
         // The log of a killed build is read as any other.
         let log = agent.state.path(&format!("logs/{}.log", job.name()));

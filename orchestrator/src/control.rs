@@ -2,6 +2,7 @@
 
 use kiln_protocol::id::{Pool, SubmitSeq};
 use kiln_protocol::{BuildId, Reason, State, Target};
+use kiln_transport::crash::{self, CrashPoint};
 
 use crate::build::Head;
 use crate::core::{CoreError, Orchestrator, WINDOW};
@@ -132,6 +133,7 @@ impl Orchestrator {
         let after = self.save(&mut tx, &found, after).await?;
         tx.audit(actor, "cancel", Some(id), reason.label()).await?;
         tx.commit().await?;
+        crash::reach(CrashPoint::CancelRecorded);
         Ok(after.state)
     }
 
@@ -147,6 +149,7 @@ impl Orchestrator {
         let after = self.save(&mut tx, &found, after).await?;
         tx.audit(actor, "replay", Some(id), if take_head { "take-head" } else { "" }).await?;
         tx.commit().await?;
+        crash::reach(CrashPoint::ReplayRecorded);
         Ok(after.state)
     }
 
@@ -159,6 +162,7 @@ impl Orchestrator {
         let after = self.save(&mut tx, &found, after).await?;
         tx.audit(actor, "discard", Some(id), "").await?;
         tx.commit().await?;
+        crash::reach(CrashPoint::DiscardRecorded);
         Ok(after.state)
     }
 

@@ -6,7 +6,8 @@ use bytes::Bytes;
 use kiln_protocol::envelope::{self, Message as _};
 use kiln_protocol::id::{AgentId, MessageId};
 use kiln_protocol::message::{Answer, ClaimRequest, Report, Request, TagSeen};
-use kiln_protocol::topology;
+use kiln_protocol::{State, topology};
+use kiln_transport::crash::{self, CrashPoint};
 use kiln_transport::{Bus, BusError, Delivery, Message};
 
 use crate::core::{CoreError, Orchestrator, tries};
@@ -29,6 +30,7 @@ impl Orchestrator {
         if let Taken::Applied(after) = &taken {
             self.save(&mut tx, &found, (**after).clone()).await?;
             tx.commit().await?;
+            crash::reach(recorded(after.state));
         }
         Ok(taken)
     }
@@ -151,6 +153,16 @@ impl Orchestrator {
                 false
             }
         }
+    }
+}
+
+/// What a report did.
+const fn recorded(state: State) -> CrashPoint {
+    match state {
+        State::Pending => CrashPoint::RetryRecorded,
+        State::Building | State::Pushing => CrashPoint::ReportRecorded,
+        State::Success | State::Failed | State::Cancelled => CrashPoint::EndRecorded,
+        State::DeadLetter => CrashPoint::DeadLetterRecorded,
     }
 }
 

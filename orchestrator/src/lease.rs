@@ -9,6 +9,7 @@ use kiln_protocol::message::{
 };
 use kiln_protocol::message::{CommitRefusal, LeaseKey};
 use kiln_protocol::{Reason, Target};
+use kiln_transport::crash::{self, CrashPoint};
 
 use crate::build::{Build, Lease};
 use crate::core::{CoreError, Orchestrator, Situation, WINDOW, tries};
@@ -37,6 +38,11 @@ impl Orchestrator {
             },
         };
         tx.commit().await?;
+        match answer {
+            ClaimAnswer::Build(_) => crash::reach(CrashPoint::ClaimRecorded),
+            ClaimAnswer::Publish(_) => crash::reach(CrashPoint::PublishClaimed),
+            ClaimAnswer::Check(_) | ClaimAnswer::Nothing => {}
+        }
         Ok(answer)
     }
 
@@ -209,6 +215,7 @@ impl Orchestrator {
             leases.push(if present { self.renew_one(&mut tx, key).await? } else { REVOKED });
         }
         tx.commit().await?;
+        crash::reach(CrashPoint::RunKnown);
         Ok(RenewAnswer { leases })
     }
 
@@ -238,6 +245,7 @@ impl Orchestrator {
             }
         }
         tx.commit().await?;
+        crash::reach(CrashPoint::CommitRecorded);
         Ok(change.answer)
     }
 

@@ -8,6 +8,7 @@ use kiln_protocol::envelope::{Message as _, encode};
 use kiln_protocol::id::{MessageId, Pool};
 use kiln_protocol::message::Hint;
 use kiln_protocol::{BuildId, topology};
+use kiln_transport::crash::{self, CrashPoint};
 use kiln_transport::{Bus, Message, Published};
 
 use crate::build::Micros;
@@ -57,6 +58,7 @@ impl Orchestrator {
                 }
             }
         }
+        crash::reach(CrashPoint::OutboxSent);
         let mut tx = self.store.write().await?;
         for id in &sent {
             tx.sent(*id).await?;
@@ -96,6 +98,7 @@ impl Orchestrator {
                 if let Ok(Published::Confirmed) = bus.publish(topology::COMMANDS, &queue, message, true).await
                 {
                     hinted += 1;
+                    crash::reach(CrashPoint::HintSent);
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 use kiln_protocol::spec::InvalidSpec;
 use kiln_protocol::{BuildId, BuildSpec, State};
+use kiln_transport::crash::{self, CrashPoint};
 use sha2::Digest as _;
 
 use crate::build::Build;
@@ -89,6 +90,7 @@ impl Orchestrator {
         self.publish_event(&mut tx, &event).await?;
         tx.audit(&spec.requester, "submit", Some(id), "").await?;
         tx.commit().await?;
+        crash::reach(CrashPoint::SubmitRecorded);
         Ok(Submitted { id, repeated: false })
     }
 

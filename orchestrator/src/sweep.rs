@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use kiln_protocol::{BuildId, State, topology as names};
 use kiln_transport::Bus;
+use kiln_transport::crash::{self, CrashPoint};
 use tokio::time::Instant;
 
 use crate::amnesty::Amnesty;
@@ -107,7 +108,11 @@ impl Orchestrator {
                 self.sweep_one(&mut tx, &found, may_expire, amnesty, swept).await?;
             }
         }
-        Ok(tx.commit().await?)
+        tx.commit().await?;
+        if *swept != Swept::default() {
+            crash::reach(CrashPoint::SweepRecorded);
+        }
+        Ok(())
     }
 
     async fn sweep_one(

@@ -6,6 +6,7 @@
 mod backoff;
 pub mod blobs;
 mod bus;
+pub mod crash;
 mod delivery;
 mod error;
 pub mod memory;
@@ -16,6 +17,7 @@ pub mod topology;
 pub use backoff::Backoff;
 pub use blobs::Blobs;
 pub use bus::{Bus, ConnectionState, ConnectionWatch};
+pub use crash::CrashPoint;
 pub use delivery::{Consumer, Delivery};
 pub use error::BusError;
 pub use memory::{Fault, FaultRates, Faults, MemoryBroker};

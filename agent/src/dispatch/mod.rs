@@ -24,6 +24,7 @@ use kiln_protocol::message::{
 };
 use kiln_protocol::result::{Failure, Phase};
 use kiln_protocol::topology;
+use kiln_transport::crash::{self, CrashPoint};
 use kiln_transport::topology::{Binding, Bound, Overflow, Queue, QueueKind};
 use kiln_transport::{Backoff, Bus, BusError, Delivery, Topology};
 use tokio::sync::{mpsc, watch};
@@ -119,6 +120,7 @@ pub async fn run(
     if tokio::time::timeout(LAST_CONFIRM, confirm_earlier(&ctx)).await.is_err() {
         ctx.spool.forget_earlier();
     }
+    crash::reach(CrashPoint::EarlierConfirmed);
     let dispatcher = Dispatcher {
         core: Core::new(usize::try_from(slots).unwrap_or(usize::MAX)),
         tasks: JoinSet::new(),

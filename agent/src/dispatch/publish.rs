@@ -9,6 +9,7 @@ use kiln_protocol::message::{
 use kiln_protocol::result::{Failure, Phase};
 use kiln_protocol::{Reason, Target};
 use kiln_transport::Backoff;
+use kiln_transport::crash::{self, CrashPoint};
 
 use super::Context;
 use super::hands::Remote;
@@ -65,6 +66,7 @@ impl Pusher {
             let place = publish::Target { repository: &reference, budget: DEFAULT_BUDGET };
             let uploaded = self.publisher.upload(place, candidate, (blobs, &done), &mut stop.clone()).await;
             uploaded.map_err(|e| refused(&e, Phase::Upload))?;
+            crash::reach(CrashPoint::Uploaded);
             let digests: BTreeSet<_> = candidate.blobs.iter().map(|blob| blob.digest.clone()).collect();
             done.push(Mount { repository: reference, blobs: digests });
         }
@@ -104,7 +106,9 @@ impl Pusher {
                 outcome = self.move_tag(ctx, &work, target) => outcome,
             };
             let Some(outcome) = outcome else { return };
+            crash::reach(CrashPoint::TagPut);
             reporter.durable(|snapshot| drop(snapshot.outcomes.insert(target.to_string(), outcome)));
+            crash::reach(CrashPoint::TagKept);
         }
     }
 

@@ -14,6 +14,7 @@ use kiln_protocol::envelope::{self, Message as _};
 use kiln_protocol::id::{AgentId, BootId, MessageId};
 use kiln_protocol::message::{LeaseKey, Renewed, Report, Snapshot, Standing};
 use kiln_protocol::topology;
+use kiln_transport::crash::{self, CrashPoint};
 use kiln_transport::{Bus, Message};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
@@ -136,6 +137,7 @@ impl Spool {
         if over || (taken && entry.report.snapshot.end.is_some()) {
             entries.remove(&key.build);
             drop(entries);
+            crash::reach(CrashPoint::EndConfirmed);
             // A file that stays is sent again by the next run, which changes nothing.
             let _ = std::fs::remove_file(self.path(key.build));
             self.changed.notify_waiters();
@@ -185,7 +187,10 @@ async fn send(bus: &Bus, agent: &AgentId, report: &Report) -> Result<(), String>
     let message = Message::new(MessageId::generate().as_uuid(), Report::TYPE, body);
     let sent = bus.publish(topology::REPORTS, &topology::reports(agent), message, true).await;
     match sent.map_err(|e| chain(&e))? {
-        kiln_transport::Published::Confirmed => Ok(()),
+        kiln_transport::Published::Confirmed => {
+            crash::reach(CrashPoint::ReportSent);
+            Ok(())
+        }
         other => Err(format!("{other:?}")),
     }
 }

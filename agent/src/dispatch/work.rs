@@ -9,6 +9,7 @@ use kiln_protocol::message::{
 use kiln_protocol::result::{Failure, Phase, PhaseDuration};
 use kiln_protocol::verdict::Verdict;
 use kiln_protocol::{Reason, Target};
+use kiln_transport::crash::{self, CrashPoint};
 use tokio::sync::mpsc;
 
 use super::Context;
@@ -91,6 +92,9 @@ impl Work {
             snapshot.phase = None;
             snapshot.end = Some(end);
         });
+        crash::reach(CrashPoint::EndKept);
+        drop(finished);
+        crash::reach(CrashPoint::JobDeleted);
     }
 
     async fn until_commit(&mut self, kept: &mut Option<Finished>) -> Result<(Pusher, Committed), Failure> {
@@ -99,7 +103,9 @@ impl Work {
         let job = state.require_free(self.ctx.agent.config.data.min_free);
         let job = job.and_then(|()| state.create_job(&self.grant.lease.build.to_string()));
         let job = job.map_err(|e| self.fail(Reason::DiskFull, chain(&e)))?;
+        crash::reach(CrashPoint::JobMade);
         let places = self.probe().await?;
+        crash::reach(CrashPoint::Probed);
         let order = self.order(job, inputs, places);
         let finished = self.execute(order).await?;
         let finished = kept.insert(finished);
@@ -230,6 +236,7 @@ impl Work {
             uploaded.map_err(|failure| self.or_stopped(failure))?;
         }
         self.reporter.durable(|snapshot| snapshot.candidate = Some(candidate.digest.clone()));
+        crash::reach(CrashPoint::CandidateKept);
         Ok(())
     }
 
@@ -270,6 +277,7 @@ impl Work {
         }
         let briefs: Vec<_> = verdicts.iter().map(Verdict::brief).collect();
         self.reporter.durable(|snapshot| snapshot.verdicts.clone_from(&briefs));
+        crash::reach(CrashPoint::VerdictsKept);
         let (lease, committed) = (self.grant.lease, committed.clone());
         let request = Request::Commit(CommitRequest { lease, committed, verdicts: briefs });
         // Only the record says whether a cancel or the commit was first, so the answer is waited for.
@@ -282,6 +290,7 @@ impl Work {
         };
         match answer {
             Answer::Commit(CommitAnswer::Granted { overtaken }) => {
+                crash::reach(CrashPoint::CommitHeard);
                 self.reporter.durable(|snapshot| {
                     let outcomes = overtaken.iter().map(|t| (t.to_string(), Outcome::Overtaken));
                     snapshot.outcomes.extend(outcomes);

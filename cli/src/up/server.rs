@@ -18,6 +18,7 @@ use kiln_protocol::result::{Failure, Phase};
 use kiln_protocol::spec::{ContextRef, SecretSource};
 use kiln_protocol::{BuildId, Reason};
 use kiln_transport::Blobs;
+use kiln_transport::crash::{self, CrashPoint};
 use tokio::sync::mpsc;
 
 use crate::build::pulled_names;
@@ -53,6 +54,7 @@ impl Server {
         while let Some(chunk) = reader.chunk().await.map_err(|e| failure(Reason::ObjectStore, chain(&e)))? {
             copy.as_file().write_all(&chunk).map_err(broken)?;
         }
+        crash::reach(CrashPoint::ContextCopied);
         let file = File::open(copy.path()).map_err(broken)?;
         copy.close().map_err(broken)?;
         Ok(file)

@@ -11,6 +11,7 @@ use futures_util::StreamExt as _;
 use kiln_protocol::Digest;
 use kiln_protocol::api::{Code, Stored};
 use kiln_transport::blobs::{BlobError, BlobWriter};
+use kiln_transport::crash::{self, CrashPoint};
 
 use super::problem::Refusal;
 use super::request::{Named, text};
@@ -46,6 +47,7 @@ pub(super) async fn upload(
     let writer = served.contexts.put(digest.clone(), limit).await?;
     let size = tokio::time::timeout(serve::MAX_LIFE, receive(served, writer, body)).await;
     let size = size.map_err(|_| Refusal::new(Code::Timeout, "the upload took too long"))??;
+    crash::reach(CrashPoint::ContextStored);
     let status = if known { StatusCode::OK } else { StatusCode::CREATED };
     Ok((status, Answer(Stored { digest, size })).into_response())
 }
