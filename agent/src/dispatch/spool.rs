@@ -55,11 +55,13 @@ impl Spool {
         for file in std::fs::read_dir(directory)? {
             let path = file?.path();
             match read(&path) {
-                Ok(Kept { boot, report }) => {
+                // Any other name is that of a report which was not finished: a newer one may have its own.
+                Ok(Kept { boot, report }) if path.ends_with(name(report.lease.build)) => {
                     entries.insert(report.lease.build, Entry { boot, report, durable: true, sent: false });
                 }
-                Err(error) => {
-                    tracing::warn!(path = %path.display(), %error, "a report that cannot be read is dropped");
+                other => {
+                    let error = other.err();
+                    tracing::warn!(path = %path.display(), ?error, "a report that is not whole is dropped");
                     std::fs::remove_file(&path)?;
                 }
             }
@@ -116,7 +118,7 @@ impl Spool {
     }
 
     fn path(&self, build: BuildId) -> PathBuf {
-        self.directory.join(format!("{build}.json"))
+        self.directory.join(name(build))
     }
 
     /// Leases of a run's reports that the orchestrator must still confirm.
@@ -134,7 +136,9 @@ impl Spool {
         };
         let over = matches!(renewed.standing, Standing::Finished | Standing::Revoked);
         let taken = renewed.last_seq >= entry.report.seq;
-        if over || (taken && entry.report.snapshot.end.is_some()) {
+        // An earlier run says no more: its lease ends as soon as this one is known.
+        let last = entry.report.snapshot.end.is_some() || entry.boot != self.boot;
+        if over || (taken && last) {
             entries.remove(&key.build);
             drop(entries);
             crash::reach(CrashPoint::EndConfirmed);
@@ -176,6 +180,10 @@ impl Spool {
     pub(super) fn reporter(self: &Arc<Self>, lease: LeaseKey) -> Reporter {
         Reporter { spool: Arc::clone(self), lease, known: Mutex::default() }
     }
+}
+
+fn name(build: BuildId) -> String {
+    format!("{build}.json")
 }
 
 fn read(path: &Path) -> std::io::Result<Kept> {
@@ -276,5 +284,22 @@ mod tests {
         assert!(!temp.path().join("torn.json").exists());
         spool.forget_earlier();
         assert!(spool.earlier().is_empty() && !spool.path(kept.build).exists());
+    }
+
+    #[test]
+    fn the_last_word_of_an_earlier_run_need_not_be_an_end() {
+        let temp = tempfile::tempdir().unwrap();
+        let (first, second) = (BootId::generate(), BootId::generate());
+        let key = key();
+        let spool = Spool::open(temp.path(), first).unwrap();
+        spool.reporter(key).durable(|_| {});
+        std::fs::copy(spool.path(key.build), temp.path().join(".unfinished")).unwrap();
+        let held = Renewed { standing: Standing::Held, last_seq: 1 };
+        spool.settle(&key, &held);
+        assert_eq!(spool.unconfirmed(first), [key], "the run itself has more to say");
+        let spool = Spool::open(temp.path(), second).unwrap();
+        assert!(!temp.path().join(".unfinished").exists());
+        spool.settle(&key, &held);
+        assert!(spool.earlier().is_empty() && !spool.path(key.build).exists());
     }
 }
