@@ -2,6 +2,8 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 /// Nothing on loopback takes this long.
@@ -55,10 +57,26 @@ pub struct Response {
 
 /// One request on a connection of its own.
 pub fn request(to: SocketAddr, method: &str, path: &str, kind: &str, body: &[u8]) -> Response {
-    let mut stream = TcpStream::connect_timeout(&to, TIMEOUT).unwrap();
+    let stream = TcpStream::connect_timeout(&to, TIMEOUT).unwrap();
     stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+    exchange(stream, &to.to_string(), (method, path), (kind, body))
+}
+
+/// The same over a socket in the file system.
+pub fn request_unix(to: &Path, method: &str, path: &str, kind: &str, body: &[u8]) -> Response {
+    let stream = UnixStream::connect(to).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+    exchange(stream, "localhost", (method, path), (kind, body))
+}
+
+fn exchange(
+    mut stream: impl Read + Write,
+    host: &str,
+    (method, path): (&str, &str),
+    (kind, body): (&str, &[u8]),
+) -> Response {
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\nContent-Type: {kind}\r\n\
+        "{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Type: {kind}\r\n\
          Accept: */*\r\nContent-Length: {}\r\n\r\n",
         body.len()
     );

@@ -39,11 +39,11 @@ fn compiled() -> PathBuf {
 pub struct Kiln(Command);
 
 impl Kiln {
-    /// `kiln SUBCOMMAND`, with a data directory and a configuration of its own.
+    /// `kiln SUBCOMMAND`, which may be two words, with a data directory and a configuration of its own.
     pub fn new(subcommand: &str, data: &Path, config: &Path, home: &Path) -> Self {
         let mut command = Command::new(binary());
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("HOME", home);
-        command.arg(subcommand).arg("--data").arg(data).arg("--config").arg(config);
+        command.args(subcommand.split(' ')).arg("--data").arg(data).arg("--config").arg(config);
         Self(command)
     }
 

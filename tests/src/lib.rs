@@ -16,6 +16,7 @@ pub mod process;
 pub mod proxy;
 pub mod registry;
 pub mod resolver;
+pub mod server;
 pub mod site;
 pub mod tools;
 pub mod tree;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -41,7 +42,7 @@ impl Server {
         Self { agent, contexts }
     }
 
-    /// A copy without a name, which ends with its build.
+    /// A copy that never has a name, so that it ends with its build even if this process is killed.
     async fn context(&self, context: &ContextRef) -> Result<File, Failure> {
         let lost = |why: String| failure(Reason::ContextInvalid, why);
         let broken = |e: std::io::Error| failure(Reason::DiskFull, format!("copy the context: {e}"));
@@ -49,15 +50,13 @@ impl Server {
         let opened = opened.map_err(|e| failure(Reason::ObjectStore, chain(&e)))?;
         let mut reader = opened
             .ok_or_else(|| lost(format!("the context {} is gone; submit the build again", context.digest)))?;
-        let copy =
-            tempfile::NamedTempFile::with_prefix_in("context-", self.agent.state.root()).map_err(broken)?;
+        let copy = tempfile::tempfile_in(self.agent.state.root()).map_err(broken)?;
         while let Some(chunk) = reader.chunk().await.map_err(|e| failure(Reason::ObjectStore, chain(&e)))? {
-            copy.as_file().write_all(&chunk).map_err(broken)?;
+            (&copy).write_all(&chunk).map_err(broken)?;
         }
         crash::reach(CrashPoint::ContextCopied);
-        let file = File::open(copy.path()).map_err(broken)?;
-        copy.close().map_err(broken)?;
-        Ok(file)
+        // The slot may read it only.
+        File::open(format!("/proc/self/fd/{}", copy.as_raw_fd())).map_err(broken)
     }
 
     fn secret_path(&self, name: &str) -> PathBuf {
