@@ -82,12 +82,6 @@ impl Registry {
         &self.storage
     }
 
-    /// The digest that a tag points to, as it is on disk.
-    pub fn tag(&self, repository: &str, tag: &str) -> Option<String> {
-        let link = format!("docker/registry/v2/repositories/{repository}/_manifests/tags/{tag}/current/link");
-        std::fs::read_to_string(self.storage.join(link)).ok()
-    }
-
     fn push_address(&self) -> SocketAddr {
         self.door.as_ref().map_or(self.address, |door| door.address)
     }
