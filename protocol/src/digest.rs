@@ -14,6 +14,16 @@ const PREFIX: &str = "sha256:";
 #[serde(try_from = "String", into = "String")]
 pub struct Digest(String);
 
+impl schemars::JsonSchema for Digest {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Digest".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({ "type": "string", "pattern": format!("^{PREFIX}[0-9a-f]{{{HEX_LENGTH}}}$") })
+    }
+}
+
 /// The text is not a sha256 digest.
 #[derive(Debug, thiserror::Error)]
 #[error("`{0}` is not a digest; expected sha256: and 64 lower-case hexadecimal characters")]

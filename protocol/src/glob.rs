@@ -68,6 +68,36 @@ impl<'de> serde::Deserialize<'de> for Glob {
     }
 }
 
+impl serde::Serialize for Glob {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&self.text)
+    }
+}
+
+/// The text decides everything else.
+impl PartialEq for Glob {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for Glob {}
+
+impl schemars::JsonSchema for Glob {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Glob".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "description": "`?` and `*` stay within one part of a path, `**` does not",
+            "type": "string",
+            "minLength": 1,
+            "maxLength": MAX_BYTES
+        })
+    }
+}
+
 /// The first part is a host if it has what no first part of a repository has.
 fn without_host(repository: &str) -> Option<&str> {
     let (host, path) = repository.split_once('/')?;

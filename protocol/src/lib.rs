@@ -12,6 +12,7 @@ pub mod message;
 pub mod reason;
 pub mod request;
 pub mod result;
+pub mod setting;
 pub mod spec;
 pub mod state;
 pub mod target;

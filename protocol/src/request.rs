@@ -16,7 +16,7 @@ pub enum ImageFormat {
 }
 
 /// What a RUN step may reach.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum NetworkMode {
     /// A network of its own: the outside and internal servers, not the host.
