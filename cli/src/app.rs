@@ -6,7 +6,7 @@ use clap::Parser as _;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use crate::args::{Cli, Command, substitute};
-use crate::{build, check, doctor, prune, remote, terminal, up};
+use crate::{build, check, config, doctor, prune, remote, terminal, up};
 
 /// Exit code of a command that cannot be understood.
 pub(crate) const USAGE: u8 = 2;
@@ -47,6 +47,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Build(args) => build::run(*args),
         Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Config(command) => config::run(&command),
         Command::Prune(args) => prune::run(&args),
         Command::Up(args) => up::run(&args),
         Command::Ls(args) => remote::list(&args),

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln_protocol::request::{ImageFormat, NetworkMode};
 
+use crate::config::ConfigCommand;
 use crate::remote;
 
 /// Builds container images without a daemon: rootless, sealed, nothing left behind.
@@ -27,6 +28,9 @@ pub(crate) enum Command {
     Check(CheckArgs),
     /// Say what this machine offers for sealed builds, what is missing, and how to get it
     Doctor(DoctorArgs),
+    /// Check and show the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Delete what can be made again: base images, cache mounts, old logs
     Prune(PruneArgs),
     /// Run a server that builds for this machine, until a signal
@@ -109,7 +113,7 @@ pub(crate) struct BuildArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) authfile: Option<PathBuf>,
     /// The build ends after this long [default: build.timeout, 60m]
-    #[arg(long, value_name = "DURATION", value_parser = kiln_agent::config::parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = kiln_protocol::setting::parse_duration)]
     pub(crate) timeout: Option<Duration>,
     /// Tries at a build whose failure may pass, 1 to 20 [default: build.attempts, 4]
     #[arg(long, value_name = "NUMBER")]

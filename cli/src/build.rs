@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kiln_agent::agent::Agent;
-use kiln_agent::config::Config;
 use kiln_agent::dockerfile::Dockerfile;
 use kiln_agent::error::chain;
 use kiln_agent::executor::{self, Event};
@@ -29,6 +28,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use self::client::{Client, ClientParts};
 use crate::app::Exit;
 use crate::args::{BuildArgs, Progress};
+use crate::config::Config;
 use crate::embedded::Embedded;
 use crate::packing::{self, PackedContext};
 use crate::pair::{self, Equipped};
@@ -77,9 +77,9 @@ fn plan(mut args: BuildArgs) -> Result<Plan, Exit> {
     check_platform(args.platform.as_deref())?;
     let mut config = paths::load_config(&args.places)?;
     for text in &args.plugin {
-        config.plugin.push(PluginConfig::from_option(text).map_err(|e| Exit::usage(chain(&e)))?);
+        config.agent.plugin.push(PluginConfig::from_option(text).map_err(|e| Exit::usage(chain(&e)))?);
         // Whoever names a file wants it, draft of the contract or not.
-        config.plugins.allow_unstable = true;
+        config.agent.plugins.allow_unstable = true;
     }
     let targets = targets(&mut args)?;
     let data = paths::data_dir(&args.places)?;
@@ -94,7 +94,7 @@ fn plan(mut args: BuildArgs) -> Result<Plan, Exit> {
     let source = dockerfile::read(&args.context, args.file.as_deref())?;
     let format = format(&args, &outputs)?;
     let root_filesystem = outputs.iter().any(OutputSpec::wants_root_filesystem);
-    let request = BuildRequest { root_filesystem, ..inputs::request(&args, &source, &config, format)? };
+    let request = BuildRequest { root_filesystem, ..inputs::request(&args, &source, &config.agent, format)? };
     let printer = Printer::new(args.progress, stdout_taken);
     Ok(Plan { args, config, data, source, request, outputs, targets, secrets, printer })
 }
@@ -165,7 +165,7 @@ async fn cancellable(plan: Plan) -> Result<u8, Exit> {
 
 async fn execute(plan: Plan, mut stop: StopSignal) -> Result<u8, Exit> {
     let mut clock = Clock::start();
-    let agent = Arc::new(paths::open_agent(plan.config.clone(), &plan.data)?);
+    let agent = Arc::new(paths::open_agent(plan.config.agent.clone(), &plan.data)?);
     let prepared = tokio::select! {
         prepared = prepare(&plan, &agent, &mut clock) => prepared?,
         _ = stop.stopped() => return Ok(CANCELLED),
@@ -174,7 +174,7 @@ async fn execute(plan: Plan, mut stop: StopSignal) -> Result<u8, Exit> {
     let Prepared { context, parts, equipped, mut pruning } = prepared;
     let client = Arc::new(Client::new(Arc::clone(&agent), parts, stop.clone(), events));
     let supplies: Arc<dyn kiln_agent::dispatch::Supplies> = Arc::clone(&client) as _;
-    let embedded = Embedded::start(equipped, supplies).await?;
+    let embedded = Embedded::start(equipped, supplies, plan.config.orchestrator.retention).await?;
     let printing = print(plan.printer, receiver);
     let ended = session::follow(&plan, &embedded, &client, context, &mut stop).await;
     embedded.end().await;

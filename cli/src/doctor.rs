@@ -15,7 +15,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<u8, Exit> {
         terminal::document(SETUP.trim_end());
         return Ok(0);
     }
-    let config = paths::load_config(&args.places)?;
+    let config = paths::load_config(&args.places)?.agent;
     let data = paths::data_dir(&args.places)?;
     let findings = paths::runtime()?.block_on(doctor::examine(config, &data));
     for finding in &findings {

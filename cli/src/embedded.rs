@@ -11,7 +11,9 @@ use std::sync::Arc;
 
 use kiln_agent::dispatch::{Station, Supplies};
 use kiln_agent::error::chain;
+use kiln_orchestrator::config::OrchestratorConfig;
 use kiln_orchestrator::core::Orchestrator;
+use kiln_orchestrator::store::Retention;
 use kiln_protocol::id::{AgentId, BootId, Pool};
 
 use crate::app::Exit;
@@ -35,11 +37,17 @@ struct Lock {
 
 impl Embedded {
     /// Starts both parts over the data directory of the agent.
-    pub(crate) async fn start(equipped: Equipped, supplies: Arc<dyn Supplies>) -> Result<Self, Exit> {
+    pub(crate) async fn start(
+        equipped: Equipped,
+        supplies: Arc<dyn Supplies>,
+        retention: Retention,
+    ) -> Result<Self, Exit> {
         let data = equipped.0.state.root().to_owned();
         let pools = data.join("pools");
         let (pool, lock) = lock_pool(&pools).map_err(|e| locking(&pools, &e))?;
-        let orchestrator = pair::orchestrator(&equipped, pool.clone()).await?;
+        // What one person does on one machine is never unfair to anybody.
+        let rules = OrchestratorConfig { per_namespace: None, retention };
+        let orchestrator = pair::orchestrator(&equipped, pool.clone(), &rules).await?;
         bury_dead(&orchestrator, &data, &pool).await?;
         let id: AgentId = pool.as_str().parse().map_err(|e| Exit::system(chain(&e)))?;
         let station =

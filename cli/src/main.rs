@@ -4,6 +4,7 @@ mod app;
 mod args;
 mod build;
 mod check;
+mod config;
 mod context;
 mod credentials;
 mod dockerfile;

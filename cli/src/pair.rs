@@ -8,11 +8,11 @@ use kiln_agent::agent::Agent;
 use kiln_agent::dispatch::{self, Machine, Station, Supplies, Wish};
 use kiln_agent::error::chain;
 use kiln_agent::hooks::{HookHost, LoadError};
+use kiln_orchestrator::config::OrchestratorConfig;
 use kiln_orchestrator::core::{Orchestrator, Settings};
 use kiln_orchestrator::entropy::Entropy;
 use kiln_orchestrator::policy::PolicyRule;
 use kiln_orchestrator::run;
-use kiln_orchestrator::schedule::Limits;
 use kiln_orchestrator::store::{Clock, Store};
 use kiln_protocol::glob::Glob;
 use kiln_protocol::id::Pool;
@@ -25,8 +25,6 @@ use crate::app::Exit;
 
 /// What the orchestrator is called on the bus.
 const ORCHESTRATOR: &str = "kiln-orchestrator";
-/// What one person does on one machine is never unfair to anybody.
-const NO_LIMIT: Limits = Limits { per_namespace: u32::MAX };
 /// What still runs at the end is given back within this time, or its lease runs out.
 const LAST_WORK: Duration = Duration::from_secs(20);
 
@@ -47,10 +45,12 @@ pub(crate) struct Pair {
 pub(crate) async fn orchestrator(
     (agent, hooks): &Equipped,
     only_pool: Pool,
+    config: &OrchestratorConfig,
 ) -> Result<Arc<Orchestrator>, Exit> {
     let store = open_store(agent.state.root()).await?;
     let settings = Settings {
-        limits: NO_LIMIT,
+        limits: config.limits(),
+        retention: config.retention,
         policies: hooks.as_deref().map(rules).unwrap_or_default(),
         only_pool: Some(only_pool),
     };

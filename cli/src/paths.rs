@@ -3,17 +3,23 @@
 use std::path::{Path, PathBuf};
 
 use kiln_agent::agent::Agent;
-use kiln_agent::config::{self, Config};
+use kiln_agent::config::Config as AgentConfig;
 use kiln_agent::error::chain;
 
 use crate::app::Exit;
 use crate::args::Places;
+use crate::config::{self, Config};
 
 /// The configuration of `--config`, of the user, of the system, or the default.
 pub(crate) fn load_config(places: &Places) -> Result<Config, Exit> {
-    let path = places.config.clone().or_else(|| default_configs().into_iter().find(|path| path.exists()));
-    let Some(path) = path else { return Ok(Config::default()) };
+    let Some(path) = config_file(places.config.as_deref()) else { return Ok(Config::default()) };
     config::load(&path).map_err(|e| Exit::usage(chain(&e)))
+}
+
+/// The file that was named, or the first that exists.
+pub(crate) fn config_file(named: Option<&Path>) -> Option<PathBuf> {
+    let first = || default_configs().into_iter().find(|path| path.exists());
+    named.map(Path::to_owned).or_else(first)
 }
 
 fn default_configs() -> Vec<PathBuf> {
@@ -39,7 +45,7 @@ fn home() -> Option<PathBuf> {
 }
 
 /// Opens the agent, with errors that name the way out.
-pub(crate) fn open_agent(config: Config, data: &Path) -> Result<Agent, Exit> {
+pub(crate) fn open_agent(config: AgentConfig, data: &Path) -> Result<Agent, Exit> {
     Agent::open(config, data).map_err(|e| Exit::system(chain(&e)).with_hint(e.hint()))
 }
 

@@ -9,7 +9,8 @@ use crate::{paths, terminal};
 
 /// Runs the command.
 pub(crate) fn run(args: &PruneArgs) -> Result<u8, Exit> {
-    let agent = paths::open_agent(paths::load_config(&args.places)?, &paths::data_dir(&args.places)?)?;
+    let config = paths::load_config(&args.places)?.agent;
+    let agent = paths::open_agent(config, &paths::data_dir(&args.places)?)?;
     let runtime = paths::runtime()?;
     let failed = |e| Exit::system(chain(&e));
     let reclaimed = runtime.block_on(housekeeping::reclaim(&agent)).map_err(failed)?;

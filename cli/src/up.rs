@@ -12,6 +12,7 @@ use kiln_agent::dispatch::Station;
 use kiln_agent::error::chain;
 use kiln_agent::housekeeping;
 use kiln_orchestrator::api::{self, Api, Listener, Token};
+use kiln_orchestrator::config::OrchestratorConfig;
 use kiln_orchestrator::core::Orchestrator;
 use kiln_orchestrator::logs::LogSource;
 use kiln_protocol::id::{AgentId, BootId, Pool};
@@ -32,11 +33,11 @@ const AGENT: &str = "local";
 /// Runs the command until a signal.
 pub(crate) fn run(args: &UpArgs) -> Result<u8, Exit> {
     let config = paths::load_config(&args.places)?;
-    let agent = paths::open_agent(config, &paths::data_dir(&args.places)?)?;
-    paths::runtime()?.block_on(up(args, agent))
+    let agent = paths::open_agent(config.agent, &paths::data_dir(&args.places)?)?;
+    paths::runtime()?.block_on(up(args, agent, &config.orchestrator))
 }
 
-async fn up(args: &UpArgs, agent: Agent) -> Result<u8, Exit> {
+async fn up(args: &UpArgs, agent: Agent, rules: &OrchestratorConfig) -> Result<u8, Exit> {
     let mut signals = Signals::listen()?;
     let agent = Arc::new(agent);
     // First, because its lock keeps a second server away from the record.
@@ -48,7 +49,7 @@ async fn up(args: &UpArgs, agent: Agent) -> Result<u8, Exit> {
     let agent = &equipped.0;
     let pool: Pool = POOL.parse().map_err(|e| Exit::system(chain(&e)))?;
     // One-shot builds on the same directory have pools of their own.
-    let orchestrator = pair::orchestrator(&equipped, pool.clone()).await?;
+    let orchestrator = pair::orchestrator(&equipped, pool.clone(), rules).await?;
     let api = api(agent, Arc::clone(&orchestrator)).await?;
     let id: AgentId = AGENT.parse().map_err(|e| Exit::system(chain(&e)))?;
     let station = Station { id, boot: BootId::generate(), pools: BTreeSet::from([pool]), slots: args.slots };

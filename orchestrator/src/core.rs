@@ -14,7 +14,7 @@ use crate::entropy::{self, Entropy};
 use crate::metrics;
 use crate::policy::{self, PolicyRule};
 use crate::schedule::{Agent, Limits, Waiting};
-use crate::store::{Line, Outgoing, Recorded, Saved, Store, StoreError, Tx, Which};
+use crate::store::{Line, Outgoing, Recorded, Retention, Saved, Store, StoreError, Tx, Which};
 
 /// What the operator decides.
 #[derive(Debug, Clone)]
@@ -23,6 +23,8 @@ pub struct Settings {
     pub limits: Limits,
     /// Policies that builds need.
     pub policies: Vec<PolicyRule>,
+    /// How much is kept of what is over.
+    pub retention: Retention,
     /// The only pool that this process schedules for; every pool if there is none.
     pub only_pool: Option<Pool>,
 }

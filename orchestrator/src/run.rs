@@ -12,7 +12,6 @@ use tokio::time::Instant;
 use crate::amnesty::Amnesty;
 use crate::core::Orchestrator;
 use crate::error::chain;
-use crate::store::Retention;
 use crate::{outbox, sweep, topology};
 
 /// Pause before something that broke is begun anew.
@@ -83,7 +82,7 @@ async fn sweep(orchestrator: Arc<Orchestrator>, bus: Bus) {
 
 async fn prune(orchestrator: Arc<Orchestrator>) {
     loop {
-        log_error("forget old rows", orchestrator.prune(&Retention::default()).await);
+        log_error("forget old rows", orchestrator.prune(&orchestrator.settings.retention).await);
         tokio::time::sleep(sweep::PRUNE_EVERY).await;
     }
 }

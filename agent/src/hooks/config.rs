@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kiln_protocol::Digest;
-use kiln_protocol::message::Hook;
-use serde::Deserialize;
-use serde_json::{Map, Value};
-
 use kiln_protocol::glob::Glob;
+use kiln_protocol::message::Hook;
+use kiln_protocol::setting::InvalidSetting;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 /// Longest settings as JSON; they are copied into every instance.
 const MAX_SETTINGS_BYTES: usize = 1 << 20;
@@ -18,7 +19,7 @@ const TOML_DATE: &str = "$__toml_private_datetime";
 const MAX_NAME_BYTES: usize = 64;
 
 /// `[plugins]`: what all plugins share.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PluginsConfig {
     /// Where relative sources lie.
@@ -39,10 +40,11 @@ impl Default for PluginsConfig {
 }
 
 /// `[[plugin]]`: one plugin.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PluginConfig {
     /// What people and metrics call it.
+    #[schemars(regex(pattern = r"^[A-Za-z0-9._-]{1,64}$"))]
     pub name: String,
     /// `file:` and a path.
     pub source: Source,
@@ -77,9 +79,19 @@ const fn default_priority() -> i32 {
 }
 
 /// Where a component comes from.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Source(PathBuf);
+
+impl JsonSchema for Source {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Source".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({ "type": "string", "pattern": "^file:." })
+    }
+}
 
 impl TryFrom<String> for Source {
     type Error = String;
@@ -92,8 +104,14 @@ impl TryFrom<String> for Source {
     }
 }
 
+impl From<Source> for String {
+    fn from(source: Source) -> Self {
+        format!("file:{}", source.0.display())
+    }
+}
+
 /// `match`.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Match {
     /// The repository, with the registry's host or without it.
@@ -101,7 +119,7 @@ pub struct Match {
 }
 
 /// Whether a verdict counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// It does.
@@ -111,7 +129,7 @@ pub enum Mode {
 }
 
 /// What a failure means for the build. A denial is none.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnFailure {
     /// It ends.
@@ -122,18 +140,23 @@ pub enum OnFailure {
 }
 
 /// `[plugin.limits]`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// From the first instruction to the answer, in milliseconds.
+    #[schemars(range(min = 1, max = 600000))]
     pub deadline_ms: u64,
     /// All memories and tables together, in MiB.
+    #[schemars(range(min = 1, max = 4096))]
     pub memory_mib: usize,
     /// Calls of the host.
+    #[schemars(range(min = 1, max = 100000000))]
     pub host_calls: u64,
     /// Lines for the log, in KiB.
+    #[schemars(range(min = 0, max = 16384))]
     pub log_kib: usize,
     /// How long answers of `defer` are followed, in milliseconds.
+    #[schemars(range(min = 0, max = 3600000))]
     pub defer_ms: u64,
 }
 
@@ -152,7 +175,7 @@ impl Limits {
         Duration::from_millis(self.defer_ms)
     }
 
-    fn problem(&self) -> Option<String> {
+    fn problem(&self) -> Option<InvalidSetting> {
         // Above these a mistyped number would take the node down before anybody sees it.
         let ranges = [
             ("deadline_ms", self.deadline_ms, 1, 600_000),
@@ -162,12 +185,15 @@ impl Limits {
             ("defer_ms", self.defer_ms, 0, 3_600_000),
         ];
         let wrong = ranges.into_iter().find(|(_, is, least, most)| is < least || is > most);
-        wrong.map(|(key, is, least, most)| format!("limits.{key}: {is} is not within {least} and {most}"))
+        wrong.map(|(key, is, least, most)| {
+            let reason = format!("{is} is not within {least} and {most}");
+            InvalidSetting::new(format!("limits.{key}"), reason)
+        })
     }
 }
 
 /// `[plugin.grant]`.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Grant {
     /// Files of the context whose content it may read.
@@ -227,21 +253,23 @@ impl PluginConfig {
         })
     }
 
-    pub(super) fn path(&self, plugins: &PluginsConfig) -> PathBuf {
+    /// Where the file is.
+    pub fn path(&self, plugins: &PluginsConfig) -> PathBuf {
         plugins.directory.join(&self.source.0)
     }
 
     /// What is wrong beyond the form.
-    pub fn problem(&self) -> Option<String> {
+    pub fn problem(&self) -> Option<InvalidSetting> {
+        let invalid = |key: &str, reason: String| Some(InvalidSetting::new(key, reason));
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if self.name.is_empty() || self.name.len() > MAX_NAME_BYTES || !self.name.chars().all(plain) {
-            return Some(format!("name: 1 to {MAX_NAME_BYTES} letters, digits, - _ ."));
+            return invalid("name", format!("1 to {MAX_NAME_BYTES} letters, digits, - _ ."));
         }
         if self.settings_json().len() > MAX_SETTINGS_BYTES {
-            return Some(format!("settings: more than {MAX_SETTINGS_BYTES} bytes"));
+            return invalid("settings", format!("more than {MAX_SETTINGS_BYTES} bytes"));
         }
         if has_date(self.settings.values()) {
-            return Some("settings: dates have no JSON form; write them as strings".to_owned());
+            return invalid("settings", "dates have no JSON form; write them as strings".to_owned());
         }
         self.limits.problem()
     }

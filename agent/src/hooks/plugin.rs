@@ -46,7 +46,7 @@ impl Plugin {
         config: &PluginConfig,
     ) -> Result<Self, LoadCause> {
         if let Some(problem) = config.problem() {
-            return Err(LoadCause::Config(problem));
+            return Err(LoadCause::Config(problem.to_string()));
         }
         let path = config.path(plugins);
         let wasm = read(&path)?;

@@ -3,10 +3,12 @@
 //! The rules are those of containers-registries.conf(5): the longest prefix wins, its mirrors are asked in
 //! order, its location comes last.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::path::PathBuf;
 
 use oci_spec::distribution::Reference;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The name that references carry for Docker Hub.
@@ -17,7 +19,7 @@ const DOCKER_HUB_SERVER: &str = "registry-1.docker.io";
 const WILDCARD: &str = "*.";
 
 /// One `[[registry]]` section.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RegistrySection {
     /// `host[:port][/path]` that references start with, or `*.domain`.
@@ -38,7 +40,7 @@ pub struct RegistrySection {
 }
 
 /// One `[[registry.mirror]]` section.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MirrorSection {
     /// What replaces the prefix.
@@ -51,7 +53,7 @@ pub struct MirrorSection {
 }
 
 /// The `[build.proxy]` section, as far as registries are concerned.
-#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProxyConfig {
     /// URL of the proxy for `http:` addresses.
@@ -150,13 +152,21 @@ pub struct RegistryConfig {
 impl RegistryConfig {
     /// Checks the sections of a configuration file.
     pub fn new(sections: Vec<RegistrySection>) -> Result<Self, RegistryConfigError> {
-        for (index, section) in sections.iter().enumerate() {
-            check_section(section)?;
-            if sections[..index].iter().any(|earlier| earlier.prefix == section.prefix) {
-                return Err(RegistryConfigError::Duplicate(section.prefix.clone()));
-            }
+        match Self::problem(&sections) {
+            Some((_, error)) => Err(error),
+            None => Ok(Self { sections }),
         }
-        Ok(Self { sections })
+    }
+
+    /// The first section that makes no sense, by its place.
+    pub fn problem(sections: &[RegistrySection]) -> Option<(usize, RegistryConfigError)> {
+        let mut seen = HashSet::new();
+        let mut check = |section: &RegistrySection| match check_section(section) {
+            Ok(()) if seen.insert(section.prefix.clone()) => None,
+            Ok(()) => Some(RegistryConfigError::Duplicate(section.prefix.clone())),
+            Err(error) => Some(error),
+        };
+        sections.iter().enumerate().find_map(|(index, section)| Some((index, check(section)?)))
     }
 
     /// Where to ask for a reference, in order; never empty.

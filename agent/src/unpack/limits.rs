@@ -7,7 +7,7 @@ const GIB: u64 = 1024 * MIB;
 /// What reading one archive may cost. The defaults suit a build context.
 ///
 /// Every field can be set in the configuration; [`key`] names them for error messages.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// Bytes of the archive as it arrives. Default 4 GiB: an archive that is not compressed is as long packed

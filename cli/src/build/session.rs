@@ -97,7 +97,7 @@ fn spec(plan: &Plan, embedded: &Embedded, context: ContextRef) -> Result<BuildSp
         destinations: tags.chain(files).collect(),
         secrets: plan.secrets.iter().map(|s| &s.id).map(secret).collect(),
         credentials: SecretSource::Client,
-        max_attempts: plan.args.attempts.unwrap_or(plan.config.build.attempts),
+        max_attempts: plan.args.attempts.unwrap_or(plan.config.agent.build.attempts),
         queue_timeout: DEFAULT_QUEUE_TIMEOUT,
     })
 }

@@ -49,7 +49,7 @@ pub(crate) fn run(args: &BuildArgs) -> Result<u8, Exit> {
     let whom = Whom { server: args.server.clone(), access: args.access.clone(), places: args.places.clone() };
     let server = Server::of(&whom)?;
     let source = dockerfile::read(&args.context, args.file.as_deref())?;
-    let config = paths::load_config(&args.places)?;
+    let config = paths::load_config(&args.places)?.agent;
     let format = args.format.map_or(ImageFormat::Docker, Into::into);
     let request = inputs::request(args, &source, &config, format)?;
     let (destinations, secrets) = (targets(args)?, secrets(args)?);

@@ -2,24 +2,33 @@
 
 use std::time::Duration;
 
-use kiln_protocol::BuildId;
+use kiln_protocol::{BuildId, setting};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use sqlx::Row as _;
 
 use super::{StoreError, Tx};
 use crate::build::Micros;
 
 /// How much of what is over is kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
 pub struct Retention {
     /// Builds, their events and attempts, the audit and bad messages are kept this long after the end.
+    #[serde(with = "setting::duration")]
+    #[schemars(with = "setting::DurationText")]
     pub keep: Duration,
     /// Builds that are over, at most.
+    #[schemars(range(min = 1))]
     pub builds: u32,
     /// Rows of the audit, at most.
+    #[schemars(range(min = 1))]
     pub audit: u32,
     /// Messages that nobody could read, at most.
+    #[schemars(range(min = 1))]
     pub bad_messages: u32,
     /// Messages that wait for the bus, at most. All are hints: whoever misses one finds it in the record.
+    #[schemars(range(min = 1))]
     pub outbox: u32,
 }
 

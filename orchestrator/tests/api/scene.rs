@@ -10,7 +10,7 @@ use kiln_orchestrator::core::{Orchestrator, Settings};
 use kiln_orchestrator::entropy::Entropy;
 use kiln_orchestrator::logs::LogSource;
 use kiln_orchestrator::schedule::Limits;
-use kiln_orchestrator::store::{Clock, Store};
+use kiln_orchestrator::store::{Clock, Retention, Store};
 use kiln_protocol::api::{Accepted, Problem};
 use kiln_protocol::id::{AgentId, BootId, ClaimId};
 use kiln_protocol::message::{
@@ -52,8 +52,12 @@ impl Scene {
     /// A server on what another one left.
     pub(crate) async fn within(folder: tempfile::TempDir) -> Self {
         let store = Store::open(&folder.path().join("kiln.db"), Clock::System).await.unwrap();
-        let settings =
-            Settings { limits: Limits { per_namespace: 8 }, policies: Vec::new(), only_pool: None };
+        let settings = Settings {
+            limits: Limits { per_namespace: 8 },
+            policies: Vec::new(),
+            retention: Retention::default(),
+            only_pool: None,
+        };
         let orchestrator = Arc::new(Orchestrator::new(store, settings, Entropy::System));
         let logs = folder.path().to_owned();
         let api = Api {

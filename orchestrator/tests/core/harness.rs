@@ -13,7 +13,7 @@ use kiln_orchestrator::decide::{SECOND, TTL, Taken};
 use kiln_orchestrator::entropy::Entropy;
 use kiln_orchestrator::policy::PolicyRule;
 use kiln_orchestrator::schedule::Limits;
-use kiln_orchestrator::store::{Clock, Store};
+use kiln_orchestrator::store::{Clock, Retention, Store};
 use kiln_orchestrator::submit::Submission;
 use kiln_orchestrator::sweep::Swept;
 use kiln_protocol::id::{AgentId, BootId, ClaimId};
@@ -30,7 +30,12 @@ use tokio::time::Instant;
 
 /// Settings without a bound that a test would notice.
 pub(crate) fn settings() -> Settings {
-    Settings { limits: Limits { per_namespace: 1000 }, policies: Vec::new(), only_pool: None }
+    Settings {
+        limits: Limits { per_namespace: 1000 },
+        policies: Vec::new(),
+        retention: Retention::default(),
+        only_pool: None,
+    }
 }
 
 /// An orchestrator and the time that it sees.
