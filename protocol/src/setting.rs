@@ -119,7 +119,6 @@ pub mod bytes {
     }
 
     /// Writes a text with a unit.
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it with a reference")]
     pub fn serialize<S: Serializer>(bytes: &u64, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_str(&super::bytes_text(*bytes))
     }
@@ -135,7 +134,6 @@ pub mod optional_bytes {
     }
 
     /// Writes a text with a unit.
-    #[expect(clippy::ref_option, reason = "serde calls it with a reference to the field")]
     pub fn serialize<S: Serializer>(bytes: &Option<u64>, to: S) -> Result<S::Ok, S::Error> {
         match bytes {
             Some(bytes) => super::bytes::serialize(bytes, to),

@@ -144,19 +144,19 @@ pub enum OnFailure {
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// From the first instruction to the answer, in milliseconds.
-    #[schemars(range(min = 1, max = 600000))]
+    #[schemars(range(min = 1, max = 600_000))]
     pub deadline_ms: u64,
     /// All memories and tables together, in MiB.
     #[schemars(range(min = 1, max = 4096))]
     pub memory_mib: usize,
     /// Calls of the host.
-    #[schemars(range(min = 1, max = 100000000))]
+    #[schemars(range(min = 1, max = 100_000_000))]
     pub host_calls: u64,
     /// Lines for the log, in KiB.
     #[schemars(range(min = 0, max = 16384))]
     pub log_kib: usize,
     /// How long answers of `defer` are followed, in milliseconds.
-    #[schemars(range(min = 0, max = 3600000))]
+    #[schemars(range(min = 0, max = 3_600_000))]
     pub defer_ms: u64,
 }
 
