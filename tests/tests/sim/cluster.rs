@@ -10,6 +10,7 @@ use fastrand::Rng;
 use kiln_agent::agent::Agent;
 use kiln_agent::config::Config;
 use kiln_agent::dispatch::{self, Station, Wish};
+use kiln_agent::metrics::Metrics;
 use kiln_agent::slot::Identity;
 use kiln_agent::slot::wire::IdRange;
 use kiln_agent::state::State;
@@ -18,7 +19,7 @@ use kiln_orchestrator::control::ControlError;
 use kiln_orchestrator::core::{Orchestrator, Settings};
 use kiln_orchestrator::entropy::Entropy;
 use kiln_orchestrator::schedule::Limits;
-use kiln_orchestrator::store::{Clock, Store};
+use kiln_orchestrator::store::{Clock, Retention, Store};
 use kiln_orchestrator::submit::Submission;
 use kiln_protocol::id::{AgentId, BootId};
 use kiln_protocol::request::{BuildRequest, ImageFormat, NetworkMode};
@@ -131,8 +132,12 @@ impl Cluster {
             Store::open(&folder.join("kiln.db"), Clock::Runtime(Instant::now(), Arc::clone(&clock))).await;
         drop(still);
         let store = store.unwrap().with_trouble(Arc::clone(&trouble) as _);
-        let settings =
-            Settings { limits: Limits { per_namespace: 1000 }, policies: Vec::new(), only_pool: None };
+        let settings = Settings {
+            limits: Limits { per_namespace: 1000 },
+            policies: Vec::new(),
+            only_pool: None,
+            retention: Retention::default(),
+        };
         let orchestrator = Arc::new(Orchestrator::new(store, settings, Entropy::seeded(random.u64(..))));
         let outside = Arc::new(Outside::new(random.fork()));
         let broker = MemoryBroker::new(random.u64(..));
@@ -335,7 +340,8 @@ impl Node {
             drop_to: None,
         };
         let state = State::open(&folder.join(format!("agent-{n}"))).unwrap();
-        let agent = Agent { config, state, identity, buildah: Version { major: 1, minor: 40, patch: 0 } };
+        let buildah = Version { major: 1, minor: 40, patch: 0 };
+        let agent = Agent { config, state, identity, buildah, metrics: Metrics::new().unwrap() };
         Self {
             id: format!("agent-{n}").parse().unwrap(),
             slots,
