@@ -188,6 +188,14 @@ stop_registry() {
     registry_pid=
 }
 
+# Without curl, which the demo does not need otherwise.
+scrape() { # ADDRESS
+    exec 3<>"/dev/tcp/${1%:*}/${1##*:}"
+    printf 'GET /metrics HTTP/1.0\r\nHost: %s\r\n\r\n' "$1" >&3
+    cat <&3
+    exec 3>&-
+}
+
 # Waits until FILE has TEXT.
 await() { # FILE TEXT
     for _ in $(seq 600); do
@@ -215,15 +223,16 @@ retried_build() {
 }
 
 replayed_build() {
-    bold "7. A server, a dead letter and its replay"
-    say "$ kiln up &"
+    bold "7. A server, a dead letter and its replay, and where the metrics are"
+    say "$ kiln up --metrics 127.0.0.1:0 &"
     local ask=(--server "unix:$scratch/state/api/kiln.sock") code=0
     # What the server may give to builds that name it.
-    mkdir -p -m 0700 "$scratch/state/secrets"
+    (umask 077 && mkdir -p "$scratch/state/secrets")
     cp "$scratch/signing-key" "$scratch/state/secrets/signing-key"
-    "$kiln" up --data "$scratch/state" --config "$scratch/kiln.toml" >"$scratch/up.log" 2>&1 &
+    "$kiln" up --metrics 127.0.0.1:0 --data "$scratch/state" --config "$scratch/kiln.toml" >"$scratch/up.log" 2>&1 &
     server_pid=$!
-    await "$scratch/up.log" "listening on"
+    await "$scratch/up.log" "metrics on"
+    indented <"$scratch/up.log"
     stop_registry
     say "$ kiln build --server unix:… --attempts 1 -t $registry/demo/site:1.0.3 $example   (the registry is stopped again)"
     "$kiln" build "${ask[@]}" --config "$scratch/kiln.toml" --attempts 1 --secret id=signing-key,server=signing-key \
@@ -244,10 +253,15 @@ replayed_build() {
     done
     grep -q SUCCESS "$scratch/shown" || fail "$(cat "$scratch/shown")"
     indented <"$scratch/shown"
+    local metrics
+    metrics=$(sed -n 's|.*metrics on http://\([0-9.:]*\)/metrics.*|\1|p' "$scratch/up.log")
+    say "$ curl http://$metrics/metrics   (some of it)"
+    scrape "$metrics" >"$scratch/metrics"
+    grep -e '^kiln_dead_lettered_total.* [1-9]' -e '^kiln_builds_finished_total.* [1-9]' "$scratch/metrics" | indented
     stop "$server_pid"
     server_pid=
     say "What happened: the only attempt failed for no fault of the build, so the record kept it as a dead letter; the"
-    say "replay ran it again, under the same id, and moved the tag. kiln ls, show, logs, queue and cancel ask the same server."
+    say "replay ran it again, under the same id, and moved the tag. kiln ls, show, logs, queue and cancel ask the same server; docs/metrics.md lists what Prometheus can scrape."
 }
 
 trap cleanup EXIT

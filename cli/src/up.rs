@@ -6,6 +6,7 @@ mod server;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kiln_agent::agent::Agent;
 use kiln_agent::dispatch::Station;
@@ -17,6 +18,7 @@ use kiln_orchestrator::core::Orchestrator;
 use kiln_orchestrator::logs::LogSource;
 use kiln_protocol::id::{AgentId, BootId, Pool};
 use kiln_transport::Blobs;
+use tokio::task::JoinSet;
 
 use self::server::Server;
 use crate::app::Exit;
@@ -29,6 +31,9 @@ use crate::{paths, remote, terminal};
 const POOL: &str = "default";
 /// Its only agent.
 const AGENT: &str = "local";
+
+/// A disk fills more slowly than this, or a build meets `data.min_free`.
+const PRUNE_EVERY: Duration = Duration::from_mins(10);
 
 /// Runs the command until a signal.
 pub(crate) fn run(args: &UpArgs) -> Result<u8, Exit> {
@@ -47,6 +52,7 @@ async fn up(args: &UpArgs, agent: Agent, rules: &OrchestratorConfig) -> Result<u
     }
     let equipped = pair::equip(agent).await?;
     let agent = &equipped.0;
+    let kept = Arc::clone(agent);
     let pool: Pool = POOL.parse().map_err(|e| Exit::system(chain(&e)))?;
     // One-shot builds on the same directory have pools of their own.
     let orchestrator = pair::orchestrator(&equipped, pool.clone(), rules).await?;
@@ -55,6 +61,8 @@ async fn up(args: &UpArgs, agent: Agent, rules: &OrchestratorConfig) -> Result<u
     let station = Station { id, boot: BootId::generate(), pools: BTreeSet::from([pool]), slots: args.slots };
     let supplies = Arc::new(Server::new(Arc::clone(agent), api.contexts.clone()));
     let pair = Pair::start(Arc::clone(&orchestrator), station, equipped, supplies).await?;
+    let mut housekeeper = JoinSet::new();
+    housekeeper.spawn(keep_below_marks(Arc::clone(&kept)));
     for listener in &listeners {
         terminal::say(&listener.announcement());
     }
@@ -63,9 +71,20 @@ async fn up(args: &UpArgs, agent: Agent, rules: &OrchestratorConfig) -> Result<u
         terminal::say("stopping: what runs is given back");
     })
     .await;
+    housekeeper.shutdown().await;
     pair.end().await;
     orchestrator.store().close().await;
     Ok(0)
+}
+
+/// Deletes the least recently used of what can be made again, for as long as the server runs.
+async fn keep_below_marks(agent: Arc<Agent>) {
+    loop {
+        if let Err(error) = housekeeping::prune(&agent, false).await {
+            terminal::say(&format!("cannot delete old content: {}", chain(&error)));
+        }
+        tokio::time::sleep(PRUNE_EVERY).await;
+    }
 }
 
 /// Opens the socket of the data directory, and the port if one is wanted.
