@@ -119,12 +119,17 @@ impl Orchestrator {
         Ok(())
     }
 
-    /// A holder that is gone without an answer about a target, lost or not, may have sent a PUT that arrives later.
+    /// A holder that is gone without an answer about a target, lost or not, may have sent a PUT that arrives later; so
+    /// may one that asked again after it got no answer.
     async fn watch_tags(&self, tx: &mut Tx, before: &Recorded, after: &Build) -> Result<(), CoreError> {
         if before.build.lease.is_none() || after.lease.is_some() {
             return Ok(());
         }
-        for target in after.open_targets(&before.spec) {
+        let repeated =
+            |target: &&kiln_protocol::Target| after.snapshot.repeated.contains(&target.to_string());
+        let mut unsettled: BTreeSet<_> = before.spec.targets().filter(repeated).cloned().collect();
+        unsettled.extend(after.open_targets(&before.spec));
+        for target in unsettled {
             let first = tx.now().saturating_add(decide::recheck_delay(0));
             tx.recheck_at(&target, Some(first), 0).await?;
         }

@@ -407,6 +407,8 @@ pub struct Snapshot {
     pub verdicts: Vec<PolicyVerdict>,
     /// What became of the destinations, so far.
     pub outcomes: BTreeMap<String, Outcome>,
+    /// Targets whose tag was asked for more than once: a question without an answer may still arrive.
+    pub repeated: BTreeSet<String>,
     /// The log in numbers, once it is complete.
     pub log: Option<LogSummary>,
     /// How the attempt ended.

@@ -103,7 +103,7 @@ impl Pusher {
             let outcome = tokio::select! {
                 biased;
                 () = leaving(stop.clone()) => return,
-                outcome = self.move_tag(ctx, &work, target) => outcome,
+                outcome = self.move_tag(ctx, &work, target, reporter) => outcome,
             };
             let Some(outcome) = outcome else { return };
             crash::reach(CrashPoint::TagPut);
@@ -113,7 +113,13 @@ impl Pusher {
     }
 
     /// None if the lease is gone.
-    async fn move_tag(&self, ctx: &Context, work: &Tags<'_>, target: &Target) -> Option<Outcome> {
+    async fn move_tag(
+        &self,
+        ctx: &Context,
+        work: &Tags<'_>,
+        target: &Target,
+        reporter: &Reporter,
+    ) -> Option<Outcome> {
         let mut failures = 0;
         loop {
             let ask = Request::Head(HeadRequest { lease: work.lease, target: target.clone() });
@@ -126,6 +132,8 @@ impl Pusher {
                 Ok(outcome) => return Some(outcome),
                 Err(error) => tracing::warn!(%target, error, "a tag cannot be moved now"),
             }
+            // Before the next one is sent, or nobody would know of this one.
+            reporter.durable(|snapshot| _ = snapshot.repeated.insert(target.to_string()));
             tokio::time::sleep(PAUSE.delay(failures, crate::time::jitter())).await;
             failures += 1;
         }

@@ -34,16 +34,16 @@ use tokio::time::{Instant, sleep};
 
 use crate::check;
 use crate::outside::{FakeHands, FakeSupplies, Outside};
-use crate::record::{Hold, Record};
+use crate::record::{Held, Record};
 
 /// Things go wrong for this long.
-const STORM: Duration = Duration::from_secs(90);
+const STORM: Duration = Duration::from_mins(1);
 /// Builds are submitted within this time.
-const SUBMITTING: u64 = 60;
+const SUBMITTING: u64 = 45;
 /// After the storm every build ends within this time: the longest pause between two tries, and all lease times.
 const PATIENCE: Duration = Duration::from_hours(1);
 /// The first look at a tag that somebody may have moved back comes after a minute.
-const QUIET: Duration = Duration::from_secs(100);
+const QUIET: Duration = Duration::from_secs(75);
 const ORCHESTRATOR: &str = "kiln-orchestrator";
 const TAGS: [&str; 4] = ["r.example/app:1", "r.example/app:2", "r.example/web:1", "r.example/web:2"];
 
@@ -75,10 +75,8 @@ pub(crate) fn run(seed: u64) -> Ran {
     let memory = Path::new("/dev/shm");
     let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
     let ran = runtime.block_on(async {
-        let hold = Arc::new(Hold::default());
-        let keeper = tokio::spawn(Arc::clone(&hold).keep());
         let task = async move {
-            let mut cluster = Cluster::new(seed, folder.path(), hold).await;
+            let mut cluster = Cluster::new(seed, folder.path()).await;
             cluster.storm().await;
             let ended = cluster.calm().await;
             let mut ran = check::check(&cluster, ended).await;
@@ -86,9 +84,7 @@ pub(crate) fn run(seed: u64) -> Ran {
             cluster.end().await;
             ran
         };
-        let ran = tokio::spawn(task).await.unwrap();
-        keeper.abort();
-        ran
+        tokio::spawn(task).await.unwrap()
     });
     runtime.shutdown_background();
     ran
@@ -107,7 +103,6 @@ pub(crate) struct Cluster {
     clock: Arc<AtomicI64>,
     loops: JoinSet<()>,
     nodes: Vec<Node>,
-    hold: Arc<Hold>,
     began: Instant,
 }
 
@@ -123,11 +118,11 @@ struct Node {
 }
 
 impl Cluster {
-    async fn new(seed: u64, folder: &Path, hold: Arc<Hold>) -> Self {
+    async fn new(seed: u64, folder: &Path) -> Self {
         let mut random = Rng::with_seed(seed);
         let clock = Arc::new(AtomicI64::new(1_700_000_000_000_000));
-        let trouble = Arc::new(Record::new(random.fork(), Arc::clone(&hold)));
-        let still = hold.begin();
+        let trouble = Arc::new(Record::new(random.fork()));
+        let still = Held::begin();
         let store =
             Store::open(&folder.join("kiln.db"), Clock::Runtime(Instant::now(), Arc::clone(&clock))).await;
         drop(still);
@@ -153,7 +148,6 @@ impl Cluster {
             clock,
             loops: JoinSet::new(),
             nodes,
-            hold,
             began: Instant::now(),
         };
         cluster.start_orchestrator().await;
@@ -326,7 +320,7 @@ impl Cluster {
             node.running.shutdown().await;
         }
         self.loops.shutdown().await;
-        let _held = self.hold.begin();
+        let _held = Held::begin();
         self.orchestrator.store().close().await;
     }
 }

@@ -264,6 +264,8 @@ impl FakeRegistry {
         }
         let late = self.0.goes_wrong(0.15);
         let outside = Arc::clone(&self.0);
+        // Its sender waits no longer, and asks again.
+        let abandoned = late && self.0.goes_wrong(0.5);
         let landing = tokio::spawn(async move {
             if late {
                 outside.count("put late");
@@ -273,6 +275,11 @@ impl FakeRegistry {
             }
             outside.land(&tag, &digest);
         });
+        if abandoned {
+            self.0.count("put abandoned");
+            self.0.pass(1000).await;
+            return Err(unavailable(place));
+        }
         landing.await.unwrap();
         // It landed, and the answer may be lost.
         if self.0.goes_wrong(0.1) { Err(unavailable(place)) } else { Ok(TagOutcome::Moved) }

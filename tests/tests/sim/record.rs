@@ -1,19 +1,18 @@
 //! What goes wrong with the record, and the hold on the clock while it is in use.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use fastrand::Rng;
 use futures_util::future::{BoxFuture, FutureExt as _};
 use kiln_orchestrator::store::{Fate, Trouble, Turn};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// The database works on threads of its own. While it does, the runtime looks idle, and a paused clock would run on
 /// as fast as the machine happens to be. So the clock is held, and one transaction follows the other.
 #[derive(Debug)]
 pub(crate) struct Record {
-    hold: Arc<Hold>,
     turns: Arc<Semaphore>,
     state: Mutex<State>,
 }
@@ -26,9 +25,9 @@ struct State {
 }
 
 impl Record {
-    pub(crate) fn new(random: Rng, hold: Arc<Hold>) -> Self {
+    pub(crate) fn new(random: Rng) -> Self {
         let state = State { random, rate: 0.0, counts: BTreeMap::new() };
-        Self { hold, turns: Arc::new(Semaphore::new(1)), state: Mutex::new(state) }
+        Self { turns: Arc::new(Semaphore::new(1)), state: Mutex::new(state) }
     }
 
     /// How many commits go wrong, from 0 to 1.
@@ -46,7 +45,7 @@ impl Trouble for Record {
         async {
             let permit = Arc::clone(&self.turns).acquire_owned().await.unwrap();
             *self.state.lock().unwrap().counts.entry("transactions").or_default() += 1;
-            let held = self.hold.begin();
+            let held = Held::begin();
             // Until nobody else can run: whether the database answers before its answer is waited for, or after,
             // then changes no order.
             tokio::task::yield_now().await;
@@ -68,39 +67,19 @@ impl Trouble for Record {
     }
 }
 
-/// Holds the clock.
-#[derive(Debug, Default)]
-pub(crate) struct Hold {
-    holders: AtomicUsize,
-    began: Notify,
-}
-
-impl Hold {
-    pub(crate) fn begin(self: &Arc<Self>) -> Held {
-        self.holders.fetch_add(1, Ordering::SeqCst);
-        self.began.notify_one();
-        Held(Arc::clone(self))
-    }
-
-    /// Keeps the runtime busy while somebody holds the clock: only an idle one lets it run on.
-    pub(crate) async fn keep(self: Arc<Self>) {
-        loop {
-            if self.holders.load(Ordering::SeqCst) == 0 {
-                self.began.notified().await;
-            } else {
-                std::thread::yield_now();
-                tokio::task::yield_now().await;
-            }
-        }
-    }
-}
-
-/// The clock stands still until this is dropped.
+/// Holds the clock of a runtime: a paused one does not run on while a blocking task is at work. The clock stands still
+/// until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Held(Arc<Hold>);
+pub(crate) struct Held(#[expect(dead_code, reason = "its drop ends the task")] Sender<()>);
 
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.0.holders.fetch_sub(1, Ordering::SeqCst);
+impl Held {
+    /// Only within the runtime.
+    pub(crate) fn begin() -> Self {
+        let (held, released) = channel();
+        tokio::task::spawn_blocking(move || {
+            // An error says that it was dropped.
+            let _ = released.recv();
+        });
+        Self(held)
     }
 }
