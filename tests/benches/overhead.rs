@@ -1,4 +1,4 @@
-//! What Kiln adds to the same pull, build and push into a directory by hand.
+//! What Kiln adds to the same pull, build and push by hand.
 //!
 //! Both run alternately against the same registry on the same machine, so that a noisy neighbour meets both;
 //! the median of the differences is the figure. `make bench` runs it with the release binary.
@@ -24,9 +24,16 @@ const LARGE_BASE_BYTES: usize = 64 * 1024 * 1024;
 fn main() {
     let small = BaseImage::busybox();
     let large = BaseImage::busybox().layer(LayerTar::default().file("blob", 0o644, &noise(LARGE_BASE_BYTES)));
-    for (name, base) in [("small base (2 MB)", small), ("large base (64 MB)", large)] {
-        measure(name, &base);
-    }
+    measure("small base (2 MB), into a directory", &small, Where::Directory);
+    measure("large base (64 MB), into a directory", &large, Where::Directory);
+    measure("small base (2 MB), published", &small, Where::Registry);
+}
+
+/// Where the image goes.
+#[derive(Debug, Clone, Copy)]
+enum Where {
+    Directory,
+    Registry,
 }
 
 /// Bytes that no compressor likes, from a fixed seed (xorshift64).
@@ -43,7 +50,7 @@ fn noise(length: usize) -> Vec<u8> {
     bytes
 }
 
-fn measure(name: &str, base: &BaseImage) {
+fn measure(name: &str, base: &BaseImage, to: Where) {
     let lab = Lab::empty(kiln_tests::registry::Access::Open);
     lab.registry.push("library/base", "1", base);
     lab.dockerfile(DOCKERFILE);
@@ -56,8 +63,10 @@ fn measure(name: &str, base: &BaseImage) {
     let mut hand = Vec::new();
     let mut parts: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     for round in 0..=ROUNDS {
-        let by_hand = timed(|| by_hand(&plain, &lab));
-        let by_kiln = timed(|| by_kiln(&lab));
+        // New content each time, so that both have something to send.
+        lab.context.file("round", round.to_string());
+        let by_hand = timed(|| by_hand(&plain, &lab, to));
+        let by_kiln = timed(|| by_kiln(&lab, to));
         // The first round fetches and imports the base.
         if round > 0 {
             hand.push(by_hand);
@@ -76,25 +85,25 @@ fn timed(work: impl FnOnce()) -> f64 {
     began.elapsed().as_secs_f64() * 1000.0
 }
 
-fn by_kiln(lab: &Lab) {
-    let output = format!("dir:{}", lab.path("kiln-layout").display());
-    let build = lab
-        .build()
-        .arg("--no-cache")
-        .arg("--output")
-        .arg(output)
-        .arg("--metadata-file")
-        .arg(lab.path("metadata.json"));
+fn by_kiln(lab: &Lab, to: Where) {
+    let build = lab.build().arg("--no-cache").arg("--metadata-file").arg(lab.path("metadata.json"));
+    let build = match to {
+        Where::Directory => build.arg("--output").arg(format!("dir:{}", lab.path("kiln-layout").display())),
+        Where::Registry => build.arg("-t").arg(format!("{}/kiln:latest", lab.registry.host())),
+    };
     let _ = build.run().expect_code(0);
 }
 
-fn by_hand(plain: &Plain, lab: &Lab) {
+fn by_hand(plain: &Plain, lab: &Lab, to: Where) {
     let layout = lab.path("plain-layout");
     let _ = std::fs::remove_dir_all(&layout);
     plain.pull("docker.io/library/base:1");
     let flags = ["--pull=never".to_owned()];
     let _ = plain.build("docker", &lab.path("Dockerfile"), lab.context.path(), &flags).expect_code(0);
-    plain.push(&layout);
+    match to {
+        Where::Directory => plain.push(&layout),
+        Where::Registry => plain.publish(&format!("{}/plain:latest", lab.registry.host())),
+    }
 }
 
 fn phases(metadata: &Path) -> Vec<(String, f64)> {
@@ -114,13 +123,13 @@ fn report(name: &str, hand: &[f64], kiln: &[f64], parts: &BTreeMap<String, Vec<f
     let added: Vec<f64> = kiln.iter().zip(hand).map(|(kiln, hand)| kiln - hand).collect();
     let ratio: Vec<f64> = kiln.iter().zip(hand).map(|(kiln, hand)| kiln / hand).collect();
     println!("{name}: medians of {ROUNDS} warm pairs, milliseconds");
-    println!("  by hand {:>8.0}   (pull, build, push to dir:)", median(hand));
+    println!("  by hand {:>8.0}   (pull, build, push)", median(hand));
     println!("  kiln    {:>8.0}", median(kiln));
     println!("  added   {:>8.0}   ratio {:.2}", median(&added), median(&ratio));
     let mut total = 0.0;
     for part in [
-        "start", "pack", "plan", "resolve", "fetch", "slot", "unpack", "build", "export", "seal", "clean",
-        "commit", "publish", "output",
+        "start", "pack", "probe", "plan", "resolve", "fetch", "slot", "unpack", "build", "export", "seal",
+        "clean", "upload", "commit", "publish", "output",
     ] {
         let spent = parts.get(part).map_or(0.0, |values| median(values));
         total += spent;

@@ -79,11 +79,20 @@ impl Plain {
         self.write_layout(layout, &[]);
     }
 
+    /// Sends the image that the last build made to a registry without TLS.
+    pub fn publish(&self, reference: &str) {
+        self.send(&format!("docker://{reference}"), &["--tls-verify=false"]);
+    }
+
     fn write_layout(&self, layout: &Path, flags: &[&str]) {
+        self.send(&format!("dir:{}", layout.display()), flags);
+    }
+
+    fn send(&self, destination: &str, flags: &[&str]) {
         let id = std::fs::read_to_string(self.dir.join("id")).unwrap();
         let mut command = self.buildah();
         command.arg("push").arg("--signature-policy").arg(self.dir.join("policy.json")).arg("--quiet");
-        command.args(flags).arg(id.trim()).arg(format!("dir:{}", layout.display()));
+        command.args(flags).arg(id.trim()).arg(destination);
         let _ = run(&mut command, LIMIT).expect_code(0);
     }
 
