@@ -54,6 +54,27 @@ pub enum CoreError {
     Illegal(#[from] IllegalTransition),
 }
 
+/// How often a change is tried that the database undid in favour of another one. Each time one of those who wait for
+/// each other gets through.
+const TRIES: usize = 5;
+
+/// Does it again when the database undid it in favour of somebody else's change. It must begin with a transaction of
+/// its own.
+pub(crate) async fn undisturbed<T, F>(mut once: impl FnMut() -> F) -> Result<T, CoreError>
+where
+    F: Future<Output = Result<T, CoreError>>,
+{
+    for _ in 1..TRIES {
+        match once().await {
+            Err(CoreError::Store(error)) if error.is_contended() => {
+                tracing::debug!(error = crate::error::chain(&error), "again");
+            }
+            other => return other,
+        }
+    }
+    once().await
+}
+
 impl Orchestrator {
     /// On this record.
     pub fn new(store: Store, settings: Settings, entropy: Entropy) -> Self {

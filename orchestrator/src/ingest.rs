@@ -10,7 +10,7 @@ use kiln_protocol::{State, topology};
 use kiln_transport::crash::{self, CrashPoint};
 use kiln_transport::{Bus, BusError, Delivery, Message};
 
-use crate::core::{CoreError, Orchestrator, tries};
+use crate::core::{CoreError, Orchestrator, tries, undisturbed};
 use crate::decide::{self, Taken};
 
 /// Deliveries that one consumer holds: each is settled within one transaction.
@@ -19,6 +19,10 @@ const PREFETCH: NonZeroU16 = NonZeroU16::new(50).unwrap();
 impl Orchestrator {
     /// Takes a report of an agent.
     pub async fn take_report(&self, from: &AgentId, report: &Report) -> Result<Taken, CoreError> {
+        undisturbed(|| self.take_report_once(from, report)).await
+    }
+
+    async fn take_report_once(&self, from: &AgentId, report: &Report) -> Result<Taken, CoreError> {
         let mut tx = self.store.write().await?;
         let Some(found) = tx.load(report.lease.build).await? else { return Ok(Taken::Stale) };
         let theirs = found.build.held_by(&report.lease).is_some_and(|lease| lease.agent == *from);

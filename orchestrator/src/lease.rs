@@ -12,9 +12,9 @@ use kiln_protocol::{Reason, Target};
 use kiln_transport::crash::{self, CrashPoint};
 
 use crate::build::{Build, Lease};
-use crate::core::{CoreError, Orchestrator, Situation, WINDOW, tries};
+use crate::core::{CoreError, Orchestrator, Situation, WINDOW, tries, undisturbed};
 use crate::decide::{self, Claimant, SECOND};
-use crate::store::{AgentRow, Recorded, Tx, Which};
+use crate::store::{AgentRow, Lock, Recorded, Tx, Which};
 use crate::{policy, schedule};
 
 /// Waiting builds of each line that a claim looks at: more when the first ones are not for this agent now.
@@ -27,8 +27,17 @@ const TTL_MS: u64 = (decide::TTL / (SECOND / 1000)) as u64;
 impl Orchestrator {
     /// Gives the best fitting work to an agent with room for it. The same claim id gets the same answer.
     pub async fn claim(&self, request: &ClaimRequest) -> Result<ClaimAnswer, CoreError> {
+        undisturbed(|| self.claim_once(request)).await
+    }
+
+    async fn claim_once(&self, request: &ClaimRequest) -> Result<ClaimAnswer, CoreError> {
         let mut tx = self.store.write().await?;
+        // Whoever asks the same again waits for the first answer.
+        tx.lock(Lock::Agent(&request.agent)).await?;
         let earlier = earlier_answer(&mut tx, request).await?;
+        if earlier.is_none() && request.lane == Lane::Build {
+            tx.lock(Lock::Claims).await?;
+        }
         let answer = match (self.greet(&mut tx, request, earlier.is_none()).await?, earlier) {
             (false, _) => ClaimAnswer::Nothing,
             (true, Some(answer)) => answer,
@@ -113,7 +122,7 @@ impl Orchestrator {
             let Some(id) = schedule::pick(waiting, running, agents, limits, &request.agent, now) else {
                 return Ok(None);
             };
-            if let Some(found) = tx.load(id).await?
+            if let Some(found) = tx.load_free(id).await?
                 && let Some(answer) = self.give(tx, &found, request).await?
             {
                 return Ok(Some(answer));
@@ -188,7 +197,7 @@ impl Orchestrator {
             let Some(due) = tx.due_recheck(pool).await? else { continue };
             let next = decide::next_recheck(due.rechecks, tx.now());
             tx.recheck_at(&due.target, next, due.rechecks.saturating_add(1)).await?;
-            let Some(found) = tx.load(due.build).await? else { continue };
+            let Some(found) = tx.peek(due.build).await? else { continue };
             let Some(commit) = found.build.commit else { continue };
             let (committed, credentials) = (commit.image, found.spec.credentials);
             let check = TagCheck { target: due.target, build: due.build, committed, credentials };
@@ -199,7 +208,12 @@ impl Orchestrator {
 
     /// Prolongs the leases of an agent.
     pub async fn renew(&self, request: &RenewRequest) -> Result<RenewAnswer, CoreError> {
+        undisturbed(|| self.renew_once(request)).await
+    }
+
+    async fn renew_once(&self, request: &RenewRequest) -> Result<RenewAnswer, CoreError> {
         let mut tx = self.store.write().await?;
+        tx.lock(Lock::Agent(&request.agent)).await?;
         let row = AgentRow {
             id: request.agent.clone(),
             boot: request.boot,
@@ -210,9 +224,12 @@ impl Orchestrator {
             seen_at: tx.now(),
         };
         let present = self.see(&mut tx, row).await?;
-        let mut leases = Vec::with_capacity(request.leases.len());
-        for key in &request.leases {
-            leases.push(if present { self.renew_one(&mut tx, key).await? } else { REVOKED });
+        let mut leases = vec![REVOKED; request.leases.len()];
+        let mut in_order: Vec<(usize, &LeaseKey)> = request.leases.iter().enumerate().collect();
+        // As everybody else who changes several.
+        in_order.sort_by_key(|(_, key)| key.build);
+        for (place, key) in in_order.into_iter().filter(|_| present) {
+            leases[place] = self.renew_one(&mut tx, key).await?;
         }
         tx.commit().await?;
         crash::reach(CrashPoint::RunKnown);
@@ -232,11 +249,20 @@ impl Orchestrator {
 
     /// Decides whether a digest may be published.
     pub async fn commit(&self, request: &CommitRequest) -> Result<CommitAnswer, CoreError> {
+        undisturbed(|| self.commit_once(request)).await
+    }
+
+    async fn commit_once(&self, request: &CommitRequest) -> Result<CommitAnswer, CoreError> {
         let mut tx = self.store.write().await?;
         let Some(found) = tx.load(request.lease.build).await? else {
             return Ok(CommitAnswer::Refused { reason: CommitRefusal::Revoked });
         };
-        let heads = heads(&mut tx, &found.spec.targets().cloned().collect()).await?;
+        let targets: BTreeSet<Target> = found.spec.targets().cloned().collect();
+        for target in &targets {
+            // The row of a head cannot be locked before there is one.
+            tx.lock(Lock::Target(target)).await?;
+        }
+        let heads = heads(&mut tx, &targets).await?;
         let change = decide::commit(&found.build, &found.spec, request, &heads, tx.now());
         if let Some(after) = change.build {
             let build = self.save(&mut tx, &found, after).await?;
@@ -261,7 +287,7 @@ impl Orchestrator {
         let first = tx.now().saturating_add(decide::recheck_delay(0));
         tx.take_head(target, build.submit_seq, build.id, &commit.image.digest, first).await?;
         let Some(before) = before else { return Ok(()) };
-        let earlier = tx.load(before.build).await?;
+        let earlier = tx.peek(before.build).await?;
         if earlier.is_some_and(|earlier| earlier.build.open_targets(&earlier.spec).contains(target)) {
             tx.recheck_at(target, Some(first), 0).await?;
         }
@@ -280,7 +306,7 @@ impl Orchestrator {
     pub async fn tag_seen(&self, seen: &TagSeen) -> Result<TagAnswer, CoreError> {
         let mut tx = self.store.write().await?;
         let head = tx.head(&seen.target).await?.filter(|head| head.build == seen.build);
-        let Some(found) = tx.load(seen.build).await?.filter(|_| head.is_some()) else {
+        let Some(found) = tx.peek(seen.build).await?.filter(|_| head.is_some()) else {
             return Ok(TagAnswer::Leave);
         };
         let right = found.build.commit.as_ref().map(|commit| &commit.image.digest);

@@ -11,7 +11,7 @@ use crate::amnesty::Amnesty;
 use crate::build::{Build, Micros};
 use crate::core::{CoreError, Orchestrator, tries};
 use crate::decide::{self, Tries};
-use crate::store::{Due, Recorded, Retention, Tx};
+use crate::store::{Due, Lock, Recorded, Retention, Tx};
 
 /// Pause between two looks.
 pub const EVERY: Duration = Duration::from_secs(2);
@@ -48,7 +48,8 @@ impl Orchestrator {
             amnesty.interrupted();
         }
         let swept = self.sweep(amnesty, at).await;
-        if swept.is_err() {
+        // Whom the database put off is not cut off from it.
+        if swept.as_ref().is_err_and(|error| !matches!(error, CoreError::Store(e) if e.is_contended())) {
             amnesty.interrupted();
         }
         swept
@@ -59,6 +60,9 @@ impl Orchestrator {
         let mut pruned = 0;
         for _ in 0..PRUNE_ROUNDS {
             let mut tx = self.store.write().await?;
+            if !tx.try_lock(Lock::Prune).await? {
+                break;
+            }
             let gone = tx.prune(retention, BATCH).await?;
             tx.commit().await?;
             pruned += gone;
@@ -104,7 +108,8 @@ impl Orchestrator {
         }
         let mut tx = self.store.write().await?;
         for id in ids {
-            if let Some(found) = tx.load(*id).await?.filter(|found| self.serves(&found.build.pool)) {
+            // What somebody else is at, perhaps another replica that sweeps too, need not be looked at twice.
+            if let Some(found) = tx.load_free(*id).await?.filter(|found| self.serves(&found.build.pool)) {
                 self.sweep_one(&mut tx, &found, may_expire, amnesty, swept).await?;
             }
         }

@@ -11,6 +11,9 @@ use crate::error::chain;
 use crate::logs::LogError;
 use crate::submit::SubmitError;
 
+/// Seconds: most trouble with a database is over soon, or lasts long.
+const RETRY_AFTER: &str = "2";
+
 /// A request is refused.
 #[derive(Debug)]
 pub(super) struct Refusal {
@@ -45,6 +48,9 @@ impl IntoResponse for Refusal {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         if self.code == Code::Unauthorized {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if self.code == Code::Unavailable {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
         }
         response
     }

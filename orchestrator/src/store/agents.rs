@@ -4,11 +4,9 @@ use std::collections::BTreeSet;
 
 use kiln_protocol::id::{AgentId, BootId, Pool};
 use kiln_protocol::message::PolicyKey;
-use sqlx::Row as _;
-use sqlx::sqlite::SqliteRow;
 use uuid::Uuid;
 
-use super::{StoreError, Tx, json, parse, to_json};
+use super::{Row, StoreError, Tx, json, parse, to_json};
 use crate::build::Micros;
 
 /// What an agent said of itself last.
@@ -46,7 +44,7 @@ pub(super) const STATEMENTS: &[&str] = &[UPSERT, ONE, SEEN_SINCE, FORGET, TOOK_S
 impl Tx {
     /// Notes what an agent says of itself.
     pub async fn see_agent(&mut self, agent: &AgentRow) -> Result<(), StoreError> {
-        sqlx::query(UPSERT)
+        self.inner.query(UPSERT)
             .bind(agent.id.as_str())
             .bind(agent.boot.as_uuid())
             .bind(to_json("pools", &agent.pools)?)
@@ -54,50 +52,50 @@ impl Tx {
             .bind(i64::from(agent.slots))
             .bind(i64::from(agent.free))
             .bind(agent.seen_at)
-            .execute(&mut *self.inner)
+            .execute()
             .await?;
         Ok(())
     }
 
     /// One agent.
     pub async fn agent(&mut self, id: &AgentId) -> Result<Option<AgentRow>, StoreError> {
-        let row = sqlx::query(ONE).bind(id.as_str()).fetch_optional(&mut *self.inner).await?;
+        let row = self.inner.query(ONE).bind(id.as_str()).fetch_optional().await?;
         row.as_ref().map(agent).transpose()
     }
 
     /// Agents that were heard of since then.
     pub async fn agents_since(&mut self, since: Micros) -> Result<Vec<AgentRow>, StoreError> {
-        let rows = sqlx::query(SEEN_SINCE).bind(since).fetch_all(&mut *self.inner).await?;
+        let rows = self.inner.query(SEEN_SINCE).bind(since).fetch_all().await?;
         rows.iter().map(agent).collect()
     }
 
     /// An agent has one free slot less, until it says otherwise.
     pub async fn took_slot(&mut self, id: &AgentId) -> Result<(), StoreError> {
-        sqlx::query(TOOK_SLOT).bind(id.as_str()).execute(&mut *self.inner).await?;
+        self.inner.query(TOOK_SLOT).bind(id.as_str()).execute().await?;
         Ok(())
     }
 
     /// A run of an agent was replaced by a newer one.
     pub async fn retire_boot(&mut self, id: &AgentId, boot: BootId) -> Result<(), StoreError> {
-        let query = sqlx::query(RETIRE).bind(boot.as_uuid()).bind(id.as_str()).bind(self.now);
-        query.execute(&mut *self.inner).await?;
+        let query = self.inner.query(RETIRE).bind(boot.as_uuid()).bind(id.as_str()).bind(self.now);
+        query.execute().await?;
         Ok(())
     }
 
     /// Whether a newer run replaced this one.
     pub async fn is_retired(&mut self, boot: BootId) -> Result<bool, StoreError> {
-        let query = sqlx::query(IS_RETIRED).bind(boot.as_uuid());
-        Ok(query.fetch_optional(&mut *self.inner).await?.is_some())
+        let query = self.inner.query(IS_RETIRED).bind(boot.as_uuid());
+        Ok(query.fetch_optional().await?.is_some())
     }
 
     /// An agent that will not come back.
     pub async fn forget_agent(&mut self, id: &AgentId) -> Result<(), StoreError> {
-        sqlx::query(FORGET).bind(id.as_str()).execute(&mut *self.inner).await?;
+        self.inner.query(FORGET).bind(id.as_str()).execute().await?;
         Ok(())
     }
 }
 
-fn agent(row: &SqliteRow) -> Result<AgentRow, StoreError> {
+fn agent(row: &Row) -> Result<AgentRow, StoreError> {
     let boot: Uuid = row.try_get("boot")?;
     let (slots, free): (i64, i64) = (row.try_get("slots")?, row.try_get("free")?);
     Ok(AgentRow {

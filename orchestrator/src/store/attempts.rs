@@ -3,7 +3,6 @@
 use kiln_protocol::BuildId;
 use kiln_protocol::id::ClaimId;
 use kiln_protocol::message::Lane;
-use sqlx::Row as _;
 
 use super::{StoreError, Tx, json, to_json};
 use crate::decide::EndedAttempt;
@@ -20,7 +19,7 @@ pub(super) const STATEMENTS: &[&str] = &[INSERT, OF_BUILD, BY_CLAIM];
 impl Tx {
     /// Remembers a lease that ended.
     pub async fn add_attempt(&mut self, build: BuildId, ended: &EndedAttempt) -> Result<(), StoreError> {
-        sqlx::query(INSERT)
+        self.inner.query(INSERT)
             .bind(build.as_uuid())
             .bind(i64::from(ended.attempt.get()))
             .bind(match ended.lane {
@@ -30,21 +29,21 @@ impl Tx {
             .bind(ended.claim.as_uuid())
             .bind(ended.ended_at)
             .bind(to_json("attempt", ended)?)
-            .execute(&mut *self.inner)
+            .execute()
             .await?;
         Ok(())
     }
 
     /// The latest leases of a build that ended, in the order in which they did.
     pub async fn attempts(&mut self, build: BuildId) -> Result<Vec<EndedAttempt>, StoreError> {
-        let query = sqlx::query(OF_BUILD).bind(build.as_uuid()).bind(PAGE);
-        let rows = query.fetch_all(&mut *self.inner).await?;
+        let query = self.inner.query(OF_BUILD).bind(build.as_uuid()).bind(PAGE);
+        let rows = query.fetch_all().await?;
         rows.iter().rev().map(|row| json("attempt", row.try_get("document")?)).collect()
     }
 
     /// Whether the lease that answered this wish has ended.
     pub async fn is_spent(&mut self, claim: ClaimId) -> Result<bool, StoreError> {
-        let query = sqlx::query(BY_CLAIM).bind(claim.as_uuid());
-        Ok(query.fetch_optional(&mut *self.inner).await?.is_some())
+        let query = self.inner.query(BY_CLAIM).bind(claim.as_uuid());
+        Ok(query.fetch_optional().await?.is_some())
     }
 }

@@ -4,11 +4,9 @@ use std::collections::BTreeSet;
 
 use kiln_protocol::id::{AgentId, ClaimId, Namespace, Pool, SubmitSeq};
 use kiln_protocol::{BuildId, BuildSpec, State};
-use sqlx::Row as _;
-use sqlx::sqlite::SqliteRow;
 use uuid::Uuid;
 
-use super::{StoreError, Tx, json, parse, to_json};
+use super::{Lock, Row, Statement, StoreError, Tx, json, parse, to_json};
 use crate::build::{Build, Micros};
 use crate::decide;
 use crate::schedule::{Running, Waiting};
@@ -70,23 +68,42 @@ const INSERT: &str = "INSERT INTO builds (id, submit_seq, namespace, pool, prior
     repositories, idempotency_key, request_hash, state, version, committed, not_before, due_at, spec, document) \
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)";
 const BY_KEY: &str = "SELECT id, request_hash FROM builds WHERE namespace = $1 AND idempotency_key = $2";
-const NEXT_SEQ: &str = "UPDATE counters SET value = value + 1 WHERE name = 'submit' RETURNING value";
+const NEXT_SEQ: Statement = Statement {
+    sqlite: "UPDATE counters SET value = value + 1 WHERE name = 'submit' RETURNING value",
+    postgres: "SELECT nextval('submit_seq') AS value",
+};
 const SAVE: &str = "UPDATE builds SET submit_seq = $3, pool = $4, state = $5, version = $6, committed = $7, \
     not_before = $8, due_at = $9, ended_at = $10, avoid = $11, lease_agent = $12, lease_until = $13, \
     claim_id = $14, document = $15 WHERE id = $1 AND version = $2";
 const EXISTS: &str = "SELECT 1 FROM builds WHERE id = $1";
 const LOAD: &str = "SELECT document, spec FROM builds WHERE id = $1";
+const LOAD_LOCKED: Statement =
+    Statement { sqlite: LOAD, postgres: "SELECT document, spec FROM builds WHERE id = $1 FOR UPDATE" };
+const LOAD_FREE: Statement =
+    Statement { sqlite: LOAD, postgres: "SELECT document, spec FROM builds WHERE id = $1 FOR UPDATE SKIP LOCKED" };
 const BY_CLAIM: &str = "SELECT document, spec FROM builds WHERE claim_id = $1";
-const LEASED_BY: &str = "SELECT document, spec FROM builds WHERE lease_agent = $1 ORDER BY submit_seq";
+const LEASED_BY: Statement = Statement {
+    sqlite: "SELECT document, spec FROM builds WHERE lease_agent = $1 ORDER BY id",
+    postgres: "SELECT document, spec FROM builds WHERE lease_agent = $1 ORDER BY id FOR UPDATE",
+};
 const IN_STATE: &str = "SELECT document, spec FROM builds WHERE state = $1 AND id > $2 ORDER BY id LIMIT $3";
-const IN_POOL: &str = "SELECT document, spec FROM builds WHERE pool = $1 \
-    AND state IN ('PENDING', 'BUILDING', 'PUSHING', 'DEAD_LETTER') ORDER BY submit_seq";
+const IN_POOL: Statement = Statement {
+    sqlite: "SELECT document, spec FROM builds WHERE pool = $1 \
+        AND state IN ('PENDING', 'BUILDING', 'PUSHING', 'DEAD_LETTER') ORDER BY id",
+    postgres: "SELECT document, spec FROM builds WHERE pool = $1 \
+        AND state IN ('PENDING', 'BUILDING', 'PUSHING', 'DEAD_LETTER') ORDER BY id FOR UPDATE",
+};
 const PAGE: &str =
     "SELECT document, spec FROM builds WHERE submit_seq < $1 ORDER BY submit_seq DESC LIMIT $2";
 const PAGE_IN_STATE: &str = "SELECT document, spec FROM builds WHERE submit_seq < $1 AND state = $3 \
     ORDER BY submit_seq DESC LIMIT $2";
-const TO_PUBLISH: &str = "SELECT document, spec FROM builds WHERE state = 'PUSHING' AND committed \
-    AND pool = $1 AND lease_until IS NULL AND (not_before <= $2 OR not_before > $3) ORDER BY submit_seq LIMIT 1";
+const TO_PUBLISH: Statement = Statement {
+    sqlite: "SELECT document, spec FROM builds WHERE state = 'PUSHING' AND committed AND pool = $1 \
+        AND lease_until IS NULL AND (not_before <= $2 OR not_before > $3) ORDER BY submit_seq LIMIT 1",
+    postgres: "SELECT document, spec FROM builds WHERE state = 'PUSHING' AND committed AND pool = $1 \
+        AND lease_until IS NULL AND (not_before <= $2 OR not_before > $3) ORDER BY submit_seq LIMIT 1 \
+        FOR UPDATE SKIP LOCKED",
+};
 const RUNNING: &str = "SELECT namespace, concurrency_group FROM builds WHERE state = 'BUILDING' OR (state = 'PUSHING' AND NOT committed)";
 // Each step is one seek in an index: DISTINCT would read every waiting build.
 const POOLS: &str = "WITH RECURSIVE pools (pool) AS (SELECT MIN(pool) FROM builds WHERE state = 'PENDING' \
@@ -109,17 +126,13 @@ const COUNTS: &str = "SELECT state, COUNT(*) AS builds FROM builds \
 pub(super) const STATEMENTS: &[&str] = &[
     INSERT,
     BY_KEY,
-    NEXT_SEQ,
     SAVE,
     EXISTS,
     LOAD,
     BY_CLAIM,
-    LEASED_BY,
     IN_STATE,
-    IN_POOL,
     PAGE,
     PAGE_IN_STATE,
-    TO_PUBLISH,
     RUNNING,
     POOLS,
     NAMESPACES,
@@ -129,23 +142,25 @@ pub(super) const STATEMENTS: &[&str] = &[
     HOLDERS,
     COUNTS,
 ];
+pub(super) const EACH: &[Statement] = &[NEXT_SEQ, LOAD_LOCKED, LOAD_FREE, LEASED_BY, IN_POOL, TO_PUBLISH];
 
 impl Tx {
     /// The next place in the order of submission.
     pub async fn next_submit_seq(&mut self) -> Result<SubmitSeq, StoreError> {
-        let row = sqlx::query(NEXT_SEQ).fetch_one(&mut *self.inner).await?;
+        let row = self.inner.query(NEXT_SEQ).fetch_one().await?;
         Ok(SubmitSeq(row.try_get("value")?))
     }
 
-    /// The build that was recorded under this idempotency key.
+    /// The build that was recorded under this idempotency key. Nobody else records one until this ends.
     pub async fn repeated(
         &mut self,
         namespace: &Namespace,
         key: &str,
         request_hash: &str,
     ) -> Result<Inserted, StoreError> {
-        let query = sqlx::query(BY_KEY).bind(namespace.as_str()).bind(key);
-        let Some(row) = query.fetch_optional(&mut *self.inner).await? else { return Ok(Inserted::New) };
+        self.lock(Lock::Key(namespace, key)).await?;
+        let query = self.inner.query(BY_KEY).bind(namespace.as_str()).bind(key);
+        let Some(row) = query.fetch_optional().await? else { return Ok(Inserted::New) };
         let (id, hash): (Uuid, String) = (row.try_get("id")?, row.try_get("request_hash")?);
         let id = BuildId::from_uuid(id);
         Ok(if hash == request_hash { Inserted::Repeated(id) } else { Inserted::OtherRequest(id) })
@@ -160,7 +175,7 @@ impl Tx {
         request_hash: &str,
     ) -> Result<(), StoreError> {
         let repositories: BTreeSet<String> = spec.targets().map(kiln_protocol::Target::name).collect();
-        sqlx::query(INSERT)
+        self.inner.query(INSERT)
             .bind(build.id.as_uuid())
             .bind(build.submit_seq.0)
             .bind(spec.namespace.as_str())
@@ -177,7 +192,7 @@ impl Tx {
             .bind(decide::due_at(build, spec))
             .bind(to_json("spec", spec)?)
             .bind(to_json("document", build)?)
-            .execute(&mut *self.inner)
+            .execute()
             .await?;
         Ok(())
     }
@@ -185,7 +200,7 @@ impl Tx {
     /// Saves a build that was loaded with this version.
     pub async fn save(&mut self, loaded: u64, build: &Build, spec: &BuildSpec) -> Result<Saved, StoreError> {
         let lease = build.lease.as_ref();
-        let done = sqlx::query(SAVE)
+        let done = self.inner.query(SAVE)
             .bind(build.id.as_uuid())
             .bind(version(loaded))
             .bind(build.submit_seq.0)
@@ -201,30 +216,43 @@ impl Tx {
             .bind(lease.map(|lease| lease.until))
             .bind(lease.map(|lease| lease.claim.as_uuid()))
             .bind(to_json("document", build)?)
-            .execute(&mut *self.inner)
+            .execute()
             .await?;
-        if done.rows_affected() == 1 {
+        if done == 1 {
             return Ok(Saved::Updated);
         }
-        let exists = sqlx::query(EXISTS).bind(build.id.as_uuid()).fetch_optional(&mut *self.inner).await?;
+        let exists = self.inner.query(EXISTS).bind(build.id.as_uuid()).fetch_optional().await?;
         Ok(if exists.is_some() { Saved::Lost } else { Saved::Gone })
     }
 
-    /// One build.
+    /// One build. Within a change it stays as it is until that ends.
     pub async fn load(&mut self, id: BuildId) -> Result<Option<Recorded>, StoreError> {
-        let row = sqlx::query(LOAD).bind(id.as_uuid()).fetch_optional(&mut *self.inner).await?;
+        let statement = if self.writes { LOAD_LOCKED } else { LOAD.into() };
+        let row = self.inner.query(statement).bind(id.as_uuid()).fetch_optional().await?;
         row.as_ref().map(recorded).transpose()
     }
 
-    /// The build that answers this wish.
+    /// One build to be changed, unless somebody else is at it.
+    pub async fn load_free(&mut self, id: BuildId) -> Result<Option<Recorded>, StoreError> {
+        let row = self.inner.query(LOAD_FREE).bind(id.as_uuid()).fetch_optional().await?;
+        row.as_ref().map(recorded).transpose()
+    }
+
+    /// One build that this transaction does not change.
+    pub async fn peek(&mut self, id: BuildId) -> Result<Option<Recorded>, StoreError> {
+        let row = self.inner.query(LOAD).bind(id.as_uuid()).fetch_optional().await?;
+        row.as_ref().map(recorded).transpose()
+    }
+
+    /// The build that answers this wish. Not to be changed.
     pub async fn of_claim(&mut self, claim: ClaimId) -> Result<Option<Recorded>, StoreError> {
-        let row = sqlx::query(BY_CLAIM).bind(claim.as_uuid()).fetch_optional(&mut *self.inner).await?;
+        let row = self.inner.query(BY_CLAIM).bind(claim.as_uuid()).fetch_optional().await?;
         row.as_ref().map(recorded).transpose()
     }
 
     /// Builds of an agent.
     pub async fn leased_by(&mut self, agent: &AgentId) -> Result<Vec<Recorded>, StoreError> {
-        let rows = sqlx::query(LEASED_BY).bind(agent.as_str()).fetch_all(&mut *self.inner).await?;
+        let rows = self.inner.query(LEASED_BY).bind(agent.as_str()).fetch_all().await?;
         rows.iter().map(recorded).collect()
     }
 
@@ -236,13 +264,13 @@ impl Tx {
         limit: i64,
     ) -> Result<Vec<Recorded>, StoreError> {
         let after = after.map_or(Uuid::nil(), |id| id.as_uuid());
-        let query = sqlx::query(IN_STATE).bind(state.label()).bind(after).bind(limit);
-        query.fetch_all(&mut *self.inner).await?.iter().map(recorded).collect()
+        let query = self.inner.query(IN_STATE).bind(state.label()).bind(after).bind(limit);
+        query.fetch_all().await?.iter().map(recorded).collect()
     }
 
     /// Builds of a pool that are not over.
     pub async fn in_pool(&mut self, pool: &Pool) -> Result<Vec<Recorded>, StoreError> {
-        let rows = sqlx::query(IN_POOL).bind(pool.as_str()).fetch_all(&mut *self.inner).await?;
+        let rows = self.inner.query(IN_POOL).bind(pool.as_str()).fetch_all().await?;
         rows.iter().map(recorded).collect()
     }
 
@@ -255,42 +283,42 @@ impl Tx {
     ) -> Result<Vec<Recorded>, StoreError> {
         let before = before.map_or(i64::MAX, |seq| seq.0);
         let query = match state {
-            Some(state) => sqlx::query(PAGE_IN_STATE).bind(before).bind(limit).bind(state.label()),
-            None => sqlx::query(PAGE).bind(before).bind(limit),
+            Some(state) => self.inner.query(PAGE_IN_STATE).bind(before).bind(limit).bind(state.label()),
+            None => self.inner.query(PAGE).bind(before).bind(limit),
         };
-        query.fetch_all(&mut *self.inner).await?.iter().map(recorded).collect()
+        query.fetch_all().await?.iter().map(recorded).collect()
     }
 
-    /// The oldest committed build of a pool on which nobody works.
+    /// The oldest committed build of a pool on which nobody works, or is about to.
     pub async fn to_publish(&mut self, pool: &Pool) -> Result<Option<Recorded>, StoreError> {
         let far = self.now.saturating_add(decide::LONGEST_PAUSE);
-        let query = sqlx::query(TO_PUBLISH).bind(pool.as_str()).bind(self.now).bind(far);
-        query.fetch_optional(&mut *self.inner).await?.as_ref().map(recorded).transpose()
+        let query = self.inner.query(TO_PUBLISH).bind(pool.as_str()).bind(self.now).bind(far);
+        query.fetch_optional().await?.as_ref().map(recorded).transpose()
     }
 
     /// Builds about which something may have to be decided by now, after this place in their order.
     pub async fn due(&mut self, after: Due, limit: i64) -> Result<Vec<Due>, StoreError> {
-        let query = sqlx::query(DUE).bind(self.now).bind(after.0).bind(after.1.as_uuid()).bind(limit);
-        let due = |row: &SqliteRow| Ok(Due(row.try_get("due_at")?, BuildId::from_uuid(row.try_get("id")?)));
-        query.fetch_all(&mut *self.inner).await?.iter().map(due).collect()
+        let query = self.inner.query(DUE).bind(self.now).bind(after.0).bind(after.1.as_uuid()).bind(limit);
+        let due = |row: &Row| Ok(Due(row.try_get("due_at")?, BuildId::from_uuid(row.try_get("id")?)));
+        query.fetch_all().await?.iter().map(due).collect()
     }
 
     /// Builds whose lease ends after this.
     pub async fn leased_beyond(&mut self, until: Micros, limit: i64) -> Result<Vec<BuildId>, StoreError> {
-        let rows = sqlx::query(FAR_LEASES).bind(until).bind(limit).fetch_all(&mut *self.inner).await?;
+        let rows = self.inner.query(FAR_LEASES).bind(until).bind(limit).fetch_all().await?;
         rows.iter().map(|row| Ok(BuildId::from_uuid(row.try_get("id")?))).collect()
     }
 
     /// Agents that hold a lease.
     pub async fn holders(&mut self) -> Result<Vec<AgentId>, StoreError> {
-        let rows = sqlx::query(HOLDERS).fetch_all(&mut *self.inner).await?;
+        let rows = self.inner.query(HOLDERS).fetch_all().await?;
         rows.iter().map(|row| parse("lease_agent", row.try_get("lease_agent")?)).collect()
     }
 
     /// Builds that take part in the shares.
     pub async fn running(&mut self) -> Result<Vec<Running>, StoreError> {
-        let rows = sqlx::query(RUNNING).fetch_all(&mut *self.inner).await?;
-        let running = |row: &SqliteRow| {
+        let rows = self.inner.query(RUNNING).fetch_all().await?;
+        let running = |row: &Row| {
             let group: Option<String> = row.try_get("concurrency_group")?;
             Ok(Running {
                 namespace: parse("namespace", row.try_get("namespace")?)?,
@@ -303,9 +331,9 @@ impl Tx {
     /// Pools and namespaces that have waiting builds: each is a line of its own.
     pub async fn lines(&mut self) -> Result<Vec<Line>, StoreError> {
         let mut lines = Vec::new();
-        for row in sqlx::query(POOLS).fetch_all(&mut *self.inner).await? {
+        for row in self.inner.query(POOLS).fetch_all().await? {
             let pool: Pool = parse("pool", row.try_get("pool")?)?;
-            let rows = sqlx::query(NAMESPACES).bind(pool.as_str()).fetch_all(&mut *self.inner).await?;
+            let rows = self.inner.query(NAMESPACES).bind(pool.as_str()).fetch_all().await?;
             for row in rows {
                 let namespace = parse("namespace", row.try_get("namespace")?)?;
                 lines.push(Line { pool: pool.clone(), namespace });
@@ -325,15 +353,15 @@ impl Tx {
             Which::Due => (self.now, self.now.saturating_add(decide::LONGEST_PAUSE)),
             Which::All => (Micros::MAX, Micros::MAX),
         };
-        let query = sqlx::query(WAITING).bind(line.pool.as_str()).bind(line.namespace.as_str());
-        let rows = query.bind(due).bind(far).bind(limit).fetch_all(&mut *self.inner).await?;
+        let query = self.inner.query(WAITING).bind(line.pool.as_str()).bind(line.namespace.as_str());
+        let rows = query.bind(due).bind(far).bind(limit).fetch_all().await?;
         rows.iter().map(waiting).collect()
     }
 
     /// How many builds there are in each state that has some; the final ones, which nobody counts, are left out.
     pub async fn counts(&mut self) -> Result<Vec<(State, u64)>, StoreError> {
-        let rows = sqlx::query(COUNTS).fetch_all(&mut *self.inner).await?;
-        let count = |row: &SqliteRow| {
+        let rows = self.inner.query(COUNTS).fetch_all().await?;
+        let count = |row: &Row| {
             let builds: i64 = row.try_get("builds")?;
             Ok((state(row.try_get("state")?)?, u64::try_from(builds).unwrap_or(0)))
         };
@@ -350,12 +378,12 @@ fn state(label: &str) -> Result<State, StoreError> {
     State::from_label(label).ok_or_else(unknown)
 }
 
-fn recorded(row: &SqliteRow) -> Result<Recorded, StoreError> {
+fn recorded(row: &Row) -> Result<Recorded, StoreError> {
     let (document, spec): (String, String) = (row.try_get("document")?, row.try_get("spec")?);
     Ok(Recorded { build: json("document", &document)?, spec: json("spec", &spec)? })
 }
 
-fn waiting(row: &SqliteRow) -> Result<(Waiting, BTreeSet<String>), StoreError> {
+fn waiting(row: &Row) -> Result<(Waiting, BTreeSet<String>), StoreError> {
     let (id, priority): (Uuid, i64) = (row.try_get("id")?, row.try_get("priority")?);
     let (group, avoid): (Option<String>, Option<String>) =
         (row.try_get("concurrency_group")?, row.try_get("avoid")?);

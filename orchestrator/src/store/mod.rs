@@ -1,93 +1,58 @@
-//! The record: one database, SQLite for one machine (shell).
+//! The record: one database, SQLite for one machine or PostgreSQL for any number of equal replicas (shell).
 //!
-//! Every change is one transaction that loads what it needs, asks a pure function, and saves. SQL is written
-//! so that PostgreSQL can execute it too: `$1` parameters, `RETURNING`, `ON CONFLICT`, integers for moments.
+//! Every change is one transaction that loads what it needs, asks a pure function, and saves. SQL is written once
+//! for both: `$1` parameters, `RETURNING`, `ON CONFLICT`, integers for moments; a [`Statement`] has two texts where
+//! PostgreSQL locks rows and SQLite need not.
 
 mod agents;
 mod attempts;
 mod builds;
 mod clock;
+mod database;
+mod error;
 mod heads;
+mod herald;
 mod lock;
+mod locks;
+mod migrations;
 mod outbox;
+mod postgres;
+mod query;
 mod retention;
 mod streams;
 mod trouble;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
-
-use sqlx::migrate::{Migration, MigrationType, Migrator};
-use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
-};
-use sqlx::{SqlSafeStr as _, Sqlite, Transaction};
-use tokio::sync::Notify;
 
 use crate::build::Micros;
 use crate::metrics::{Change, Metrics};
 
+use database::{Database, Inner};
+use herald::{Herald, Told};
+use query::Row;
+
 pub use agents::AgentRow;
 pub use builds::{Due, Inserted, Line, Recorded, Saved, Which};
 pub use clock::Clock;
+pub use error::{Outage, StoreError};
 pub use heads::Recheck;
+pub use locks::Lock;
 pub use outbox::{Outgoing, Pending};
+pub use postgres::Server;
+pub use query::Statement;
 pub use retention::Retention;
 pub use streams::{BadMessage, StoredEvent};
 pub use trouble::{Fate, Trouble, Turn};
 
-/// A writer waits this long for another process that writes.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Every use of the database ends within this time.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Readers at once; they never wait for the writer.
-const READERS: u32 = 4;
-
-/// The record cannot be read or written now.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// The database cannot be opened.
-    #[error("open the database {}", path.display())]
-    Open {
-        /// Its file.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: sqlx::Error,
-    },
-    /// Its schema cannot be brought up to date.
-    #[error("bring the schema of the database {} up to date", path.display())]
-    Migrate {
-        /// Its file.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: sqlx::migrate::MigrateError,
-    },
-    /// Two numbers have the same name.
-    #[error("prepare the metrics")]
-    Metrics(#[from] prometheus::Error),
-    /// A statement failed.
-    #[error("use the database")]
-    Sql(#[from] sqlx::Error),
-    /// A row does not say what it should.
-    #[error("the {what} of a row cannot be read: {why}")]
-    Row {
-        /// Which column.
-        what: &'static str,
-        /// What is wrong.
-        why: String,
-    },
-}
-
 /// The record.
 #[derive(Debug, Clone)]
 pub struct Store {
-    writer: SqlitePool,
-    readers: SqlitePool,
+    database: Database,
     clock: Clock,
-    told: Arc<Notify>,
+    told: Arc<Told>,
+    /// Ends with the last copy of this.
+    _herald: Option<Arc<Herald>>,
     metrics: Arc<Metrics>,
     trouble: Option<Arc<dyn Trouble>>,
 }
@@ -95,11 +60,13 @@ pub struct Store {
 /// A transaction. Dropped without [`Tx::commit`] it changes nothing.
 #[derive(Debug)]
 pub struct Tx {
-    inner: Transaction<'static, Sqlite>,
+    inner: Inner,
     now: Micros,
+    /// Whether this is a change: what it loads, nobody else changes until it ends.
+    writes: bool,
     /// Whom to wake once this is committed: set by an event or a message.
     tells: bool,
-    told: Arc<Notify>,
+    told: Arc<Told>,
     /// What is counted once this is committed.
     changes: Vec<Change>,
     metrics: Arc<Metrics>,
@@ -111,24 +78,22 @@ pub struct Tx {
 impl Store {
     /// Opens the database in this file, made if it is missing.
     pub async fn open(path: &Path, clock: Clock) -> Result<Self, StoreError> {
-        let failed = |source| StoreError::Open { path: path.to_owned(), source };
-        let options = SqliteConnectOptions::new()
-            .filename(path)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            // A commit that was answered survives a loss of power.
-            .synchronous(SqliteSynchronous::Full)
-            .busy_timeout(BUSY_TIMEOUT)
-            .foreign_keys(true);
-        let _alone = lock::lock(path).await.map_err(|e| failed(sqlx::Error::Io(e)))?;
-        let pool = |size| SqlitePoolOptions::new().max_connections(size).acquire_timeout(ACQUIRE_TIMEOUT);
-        // SQLite has one writer: waiting for it in the pool is fairer than in the file.
-        let writer = pool(1).connect_with(options.clone()).await.map_err(failed)?;
-        let migrated = migrations().run(&writer).await;
-        migrated.map_err(|source| StoreError::Migrate { path: path.to_owned(), source })?;
-        let readers = pool(READERS).connect_with(options).await.map_err(failed)?;
+        Self::on(database::open_sqlite(path).await?, clock)
+    }
+
+    /// Opens a database of PostgreSQL and brings its schema up to date. With [`Clock::System`], the clock of the
+    /// server counts and not that of this machine.
+    pub async fn connect(server: &Server, clock: Clock) -> Result<Self, StoreError> {
+        let postgres = postgres::Pg::open(server).await?;
+        let told = Arc::default();
+        let herald = Herald::start(&postgres, &told);
+        let store = Self::on(Database::Postgres(postgres), clock)?;
+        Ok(Self { told, _herald: Some(Arc::new(herald)), ..store })
+    }
+
+    fn on(database: Database, clock: Clock) -> Result<Self, StoreError> {
         let metrics = Arc::new(Metrics::new()?);
-        Ok(Self { writer, readers, clock, told: Arc::default(), metrics, trouble: None })
+        Ok(Self { database, clock, told: Arc::default(), _herald: None, metrics, trouble: None })
     }
 
     /// The same record, with what a simulation does to it.
@@ -137,30 +102,31 @@ impl Store {
         Self { trouble: Some(trouble), ..self }
     }
 
-    /// Microseconds since 1970, by the clock of the database.
+    /// Microseconds since 1970, by the clock of the database as far as this process knows it.
     pub fn now(&self) -> Micros {
-        self.clock.now()
+        self.database.now(&self.clock)
     }
 
-    /// Begins a change. Nobody else writes until it ends.
+    /// Begins a change. On SQLite nobody else writes until it ends; on PostgreSQL nobody else changes the builds that
+    /// it loads, and [`Tx::lock`] keeps others away from more than that.
     pub async fn write(&self) -> Result<Tx, StoreError> {
-        // Immediate: a transaction that becomes a writer later fails at once when another one was faster.
         let turn = self.turn().await;
-        let inner = self.writer.begin_with("BEGIN IMMEDIATE".into_sql_str()).await?;
-        Ok(self.tx(inner, turn))
+        let (inner, now) = self.database.write(&self.clock).await?;
+        Ok(self.tx(inner, now, true, turn))
     }
 
     /// Begins to read one consistent state.
     pub async fn read(&self) -> Result<Tx, StoreError> {
         let turn = self.turn().await;
-        let inner = self.readers.begin().await?;
-        Ok(self.tx(inner, turn))
+        let (inner, now) = self.database.read(&self.clock).await?;
+        Ok(self.tx(inner, now, false, turn))
     }
 
-    fn tx(&self, inner: Transaction<'static, Sqlite>, turn: Option<Turn>) -> Tx {
+    fn tx(&self, inner: Inner, now: Micros, writes: bool, turn: Option<Turn>) -> Tx {
         Tx {
             inner,
-            now: self.clock.now(),
+            now,
+            writes,
             tells: false,
             told: Arc::clone(&self.told),
             changes: Vec::new(),
@@ -177,9 +143,10 @@ impl Store {
         }
     }
 
-    /// Waits until this process commits an event or a message, from the call on. Other processes wake nobody here.
+    /// Waits until this process commits an event or a message, from the call on. On PostgreSQL also until another one
+    /// does, as a rule: who must not miss anything looks from time to time.
     pub fn next_change(&self) -> impl Future<Output = ()> + Send + '_ {
-        self.told.notified()
+        self.told.here.notified()
     }
 
     /// What this process committed.
@@ -189,8 +156,7 @@ impl Store {
 
     /// Ends every use of the database.
     pub async fn close(&self) {
-        self.readers.close().await;
-        self.writer.close().await;
+        self.database.close().await;
     }
 }
 
@@ -215,15 +181,15 @@ impl Tx {
         }
         fate.after()?;
         if self.tells {
-            self.told.notify_waiters();
+            self.told.tell();
         }
         Ok(())
     }
 }
 
-/// Every statement, so that a test can prepare each on a fresh schema.
-pub fn statements() -> impl Iterator<Item = &'static str> {
-    let all = [
+/// Every statement, so that a test can prepare each on a fresh schema. An empty text is none of that kind.
+pub fn statements() -> impl Iterator<Item = Statement> {
+    let both = [
         agents::STATEMENTS,
         attempts::STATEMENTS,
         builds::STATEMENTS,
@@ -232,15 +198,15 @@ pub fn statements() -> impl Iterator<Item = &'static str> {
         retention::STATEMENTS,
         streams::STATEMENTS,
     ];
-    all.into_iter().flatten().copied()
+    let each = [builds::EACH, heads::EACH, outbox::EACH, retention::EACH];
+    let postgres = locks::STATEMENTS.iter().map(|&postgres| Statement { sqlite: "", postgres });
+    let both = both.into_iter().flatten().map(|&both| Statement::from(both));
+    both.chain(each.into_iter().flatten().copied()).chain(postgres)
 }
 
-fn migrations() -> Migrator {
-    let record = include_str!("../../migrations/sqlite/0001_record.sql").into_sql_str();
-    let migration = |version, name: &'static str, sql| {
-        Migration::new(version, name.into(), MigrationType::Simple, sql, false)
-    };
-    Migrator::with_migrations(vec![migration(1, "record", record)])
+/// Text from elsewhere as PostgreSQL takes it: it knows no NUL.
+fn printable(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
 }
 
 /// Reads JSON out of a column.

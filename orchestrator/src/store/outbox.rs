@@ -2,11 +2,9 @@
 
 use kiln_protocol::envelope::{EnvelopeError, Message, encode};
 use kiln_protocol::id::MessageId;
-use sqlx::Row as _;
-use sqlx::sqlite::SqliteRow;
 use uuid::Uuid;
 
-use super::{StoreError, Tx};
+use super::{Row, Statement, StoreError, Tx, printable};
 use crate::build::Micros;
 
 /// A message that a change causes.
@@ -50,26 +48,33 @@ pub struct Pending {
 
 const PUT: &str = "INSERT INTO outbox (exchange, routing_key, message_type, message_id, body, created_at, \
     locked_until, tries) VALUES ($1, $2, $3, $4, $5, $6, $6, 0)";
-const TAKE: &str = "UPDATE outbox SET locked_until = $1, tries = tries + 1 WHERE id IN \
-    (SELECT id FROM outbox WHERE locked_until <= $2 ORDER BY id LIMIT $3) \
-    RETURNING id, exchange, routing_key, message_type, message_id, body, tries";
+const TAKE: Statement = Statement {
+    sqlite: "UPDATE outbox SET locked_until = $1, tries = tries + 1 WHERE id IN \
+        (SELECT id FROM outbox WHERE locked_until <= $2 ORDER BY id LIMIT $3) \
+        RETURNING id, exchange, routing_key, message_type, message_id, body, tries",
+    // Materialized: a subquery that the planner repeats would lock other rows each time.
+    postgres: "WITH taken AS MATERIALIZED (SELECT id FROM outbox WHERE locked_until <= $2 ORDER BY id LIMIT $3 \
+        FOR UPDATE SKIP LOCKED) UPDATE outbox SET locked_until = $1, tries = tries + 1 WHERE id IN (SELECT id FROM taken) \
+        RETURNING id, exchange, routing_key, message_type, message_id, body, tries",
+};
 const DONE: &str = "DELETE FROM outbox WHERE id = $1";
 const FAILED: &str = "UPDATE outbox SET locked_until = $2, error = $3 WHERE id = $1";
 const OLDEST: &str = "SELECT COUNT(*) AS rows, MIN(created_at) AS oldest FROM outbox";
-pub(super) const STATEMENTS: &[&str] = &[PUT, TAKE, DONE, FAILED, OLDEST];
+pub(super) const STATEMENTS: &[&str] = &[PUT, DONE, FAILED, OLDEST];
+pub(super) const EACH: &[Statement] = &[TAKE];
 
 impl Tx {
     /// Adds a message to be sent once this change is committed.
     pub async fn send(&mut self, message: &Outgoing) -> Result<(), StoreError> {
         self.tells = true;
-        sqlx::query(PUT)
+        self.inner.query(PUT)
             .bind(message.exchange)
             .bind(&message.key)
             .bind(message.kind)
             .bind(MessageId::generate().as_uuid())
-            .bind(&message.body)
+            .bind(message.body.as_slice())
             .bind(self.now)
-            .execute(&mut *self.inner)
+            .execute()
             .await?;
         Ok(())
     }
@@ -80,8 +85,8 @@ impl Tx {
         locked_until: Micros,
         limit: i64,
     ) -> Result<Vec<Pending>, StoreError> {
-        let query = sqlx::query(TAKE).bind(locked_until).bind(self.now).bind(limit);
-        let rows = query.fetch_all(&mut *self.inner).await?;
+        let query = self.inner.query(TAKE).bind(locked_until).bind(self.now).bind(limit);
+        let rows = query.fetch_all().await?;
         let mut taken = rows.iter().map(pending).collect::<Result<Vec<_>, _>>()?;
         taken.sort_by_key(|message| message.id);
         Ok(taken)
@@ -89,25 +94,25 @@ impl Tx {
 
     /// The bus confirmed it.
     pub async fn sent(&mut self, id: i64) -> Result<(), StoreError> {
-        sqlx::query(DONE).bind(id).execute(&mut *self.inner).await?;
+        self.inner.query(DONE).bind(id).execute().await?;
         Ok(())
     }
 
     /// The bus did not take it: again at this time.
     pub async fn not_sent(&mut self, id: i64, again_at: Micros, error: &str) -> Result<(), StoreError> {
-        sqlx::query(FAILED).bind(id).bind(again_at).bind(error).execute(&mut *self.inner).await?;
+        self.inner.query(FAILED).bind(id).bind(again_at).bind(printable(error)).execute().await?;
         Ok(())
     }
 
     /// How many messages wait, and since when the oldest does.
     pub async fn outbox_backlog(&mut self) -> Result<(u64, Option<Micros>), StoreError> {
-        let row = sqlx::query(OLDEST).fetch_one(&mut *self.inner).await?;
+        let row = self.inner.query(OLDEST).fetch_one().await?;
         let rows: i64 = row.try_get("rows")?;
         Ok((u64::try_from(rows).unwrap_or(0), row.try_get("oldest")?))
     }
 }
 
-fn pending(row: &SqliteRow) -> Result<Pending, StoreError> {
+fn pending(row: &Row) -> Result<Pending, StoreError> {
     let (message, tries): (Uuid, i64) = (row.try_get("message_id")?, row.try_get("tries")?);
     Ok(Pending {
         id: row.try_get("id")?,

@@ -5,9 +5,8 @@ use std::time::Duration;
 use kiln_protocol::{BuildId, setting};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use sqlx::Row as _;
 
-use super::{StoreError, Tx};
+use super::{Statement, StoreError, Tx};
 use crate::build::Micros;
 
 /// How much of what is over is kept.
@@ -56,10 +55,18 @@ const BUILD: &str = "DELETE FROM builds WHERE id = $1";
 const EVENTS: &str = "DELETE FROM events WHERE build = $1";
 const ATTEMPTS: &str = "DELETE FROM attempts WHERE build = $1";
 /// A head stays while its build does, while its tag is watched, and while an older build might still commit.
-const HEADS: &str = "DELETE FROM tag_heads WHERE target IN (SELECT target FROM tag_heads AS h \
-    WHERE recheck_at IS NULL AND NOT EXISTS (SELECT 1 FROM builds WHERE builds.id = h.build) \
-    AND NOT (submit_seq > (SELECT COALESCE(MIN(submit_seq), 9223372036854775807) FROM builds \
-    WHERE state IN ('PENDING', 'BUILDING', 'PUSHING', 'DEAD_LETTER'))) LIMIT $1)";
+const HEADS: Statement = Statement {
+    sqlite: "DELETE FROM tag_heads WHERE target IN (SELECT target FROM tag_heads AS h \
+        WHERE recheck_at IS NULL AND NOT EXISTS (SELECT 1 FROM builds WHERE builds.id = h.build) \
+        AND NOT (submit_seq > (SELECT COALESCE(MIN(submit_seq), 9223372036854775807) FROM builds \
+        WHERE state IN ('PENDING', 'BUILDING', 'PUSHING', 'DEAD_LETTER'))) LIMIT $1)",
+    // Locked: a head that a commit replaces meanwhile is another one.
+    postgres: "WITH old AS MATERIALIZED (SELECT target FROM tag_heads AS h \
+        WHERE recheck_at IS NULL AND NOT EXISTS (SELECT 1 FROM builds WHERE builds.id = h.build) \
+        AND NOT (submit_seq > (SELECT COALESCE(MIN(submit_seq), 9223372036854775807) FROM builds \
+        WHERE state IN ('PENDING', 'BUILDING', 'PUSHING', 'DEAD_LETTER'))) LIMIT $1 FOR UPDATE OF h SKIP LOCKED) \
+        DELETE FROM tag_heads WHERE target IN (SELECT target FROM old)",
+};
 const HISTORY: &str = "DELETE FROM tag_history WHERE (target, digest, build) IN \
     (SELECT target, digest, build FROM tag_history AS h WHERE at < $1 AND NOT EXISTS \
     (SELECT 1 FROM tag_heads WHERE tag_heads.target = h.target AND tag_heads.recheck_at IS NOT NULL) \
@@ -75,7 +82,8 @@ const AGENTS: &str = "DELETE FROM agents WHERE id IN (SELECT id FROM agents WHER
 const BOOTS: &str =
     "DELETE FROM retired_boots WHERE boot IN (SELECT boot FROM retired_boots WHERE at < $1 LIMIT $2)";
 pub(super) const STATEMENTS: &[&str] =
-    &[NTH_END, OLD_BUILDS, BUILD, EVENTS, ATTEMPTS, HEADS, HISTORY, AUDIT, BAD, OUTBOX, AGENTS, BOOTS];
+    &[NTH_END, OLD_BUILDS, BUILD, EVENTS, ATTEMPTS, HISTORY, AUDIT, BAD, OUTBOX, AGENTS, BOOTS];
+pub(super) const EACH: &[Statement] = &[HEADS];
 
 impl Tx {
     /// Forgets at most `limit` rows of each kind, and says how many went.
@@ -86,28 +94,28 @@ impl Tx {
         for (statement, most) in
             [(AUDIT, retention.audit), (BAD, retention.bad_messages), (OUTBOX, retention.outbox)]
         {
-            let query = sqlx::query(statement).bind(before).bind(i64::from(most)).bind(limit);
-            gone += query.execute(&mut *self.inner).await?.rows_affected();
+            let query = self.inner.query(statement).bind(before).bind(i64::from(most)).bind(limit);
+            gone += query.execute().await?;
         }
-        gone += sqlx::query(HEADS).bind(limit).execute(&mut *self.inner).await?.rows_affected();
+        gone += self.inner.query(HEADS).bind(limit).execute().await?;
         // A tag is watched for a month after the last writer was lost, and what writers put there must be known.
         let twice = self.now.saturating_sub(keep.saturating_mul(2));
         for (statement, before) in [(HISTORY, twice), (AGENTS, before), (BOOTS, before)] {
-            let query = sqlx::query(statement).bind(before).bind(limit);
-            gone += query.execute(&mut *self.inner).await?.rows_affected();
+            let query = self.inner.query(statement).bind(before).bind(limit);
+            gone += query.execute().await?;
         }
         Ok(gone)
     }
 
     async fn prune_builds(&mut self, before: Micros, most: u32, limit: i64) -> Result<u64, StoreError> {
-        let nth = sqlx::query(NTH_END).bind(i64::from(most)).fetch_optional(&mut *self.inner).await?;
+        let nth = self.inner.query(NTH_END).bind(i64::from(most)).fetch_optional().await?;
         let beyond: Option<Micros> = nth.map(|row| row.try_get("ended_at")).transpose()?;
         let before = beyond.map_or(before, |end| before.max(end.saturating_add(1)));
-        let rows = sqlx::query(OLD_BUILDS).bind(before).bind(limit).fetch_all(&mut *self.inner).await?;
+        let rows = self.inner.query(OLD_BUILDS).bind(before).bind(limit).fetch_all().await?;
         for row in &rows {
             let id = BuildId::from_uuid(row.try_get("id")?);
             for statement in [EVENTS, ATTEMPTS, BUILD] {
-                sqlx::query(statement).bind(id.as_uuid()).execute(&mut *self.inner).await?;
+                self.inner.query(statement).bind(id.as_uuid()).execute().await?;
             }
         }
         Ok(rows.len() as u64)

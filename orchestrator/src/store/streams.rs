@@ -2,10 +2,8 @@
 
 use kiln_protocol::BuildId;
 use kiln_protocol::message::StatusEvent;
-use sqlx::Row as _;
-use sqlx::sqlite::SqliteRow;
 
-use super::{StoreError, Tx, json, to_json};
+use super::{Row, StoreError, Tx, json, printable, to_json};
 use crate::build::Micros;
 
 /// A recorded change.
@@ -42,8 +40,8 @@ pub(super) const STATEMENTS: &[&str] = &[EVENT, EVENTS, AUDIT, BAD, ALL_BAD];
 impl Tx {
     /// Appends what everybody may know of a change.
     pub async fn append_event(&mut self, event: &StatusEvent) -> Result<(), StoreError> {
-        let query = sqlx::query(EVENT).bind(event.build.as_uuid()).bind(event.namespace.as_str());
-        query.bind(event.at).bind(to_json("event", event)?).execute(&mut *self.inner).await?;
+        let query = self.inner.query(EVENT).bind(event.build.as_uuid()).bind(event.namespace.as_str());
+        query.bind(event.at).bind(to_json("event", event)?).execute().await?;
         self.tells = true;
         Ok(())
     }
@@ -55,12 +53,12 @@ impl Tx {
         after: i64,
         limit: i64,
     ) -> Result<Vec<StoredEvent>, StoreError> {
-        let query = sqlx::query(EVENTS).bind(build.as_uuid()).bind(after).bind(limit);
-        let event = |row: &SqliteRow| {
+        let query = self.inner.query(EVENTS).bind(build.as_uuid()).bind(after).bind(limit);
+        let event = |row: &Row| {
             let body: String = row.try_get("body")?;
             Ok(StoredEvent { id: row.try_get("id")?, event: json("event", &body)? })
         };
-        query.fetch_all(&mut *self.inner).await?.iter().map(event).collect()
+        query.fetch_all().await?.iter().map(event).collect()
     }
 
     /// Notes who changed what.
@@ -71,22 +69,24 @@ impl Tx {
         build: Option<BuildId>,
         detail: &str,
     ) -> Result<(), StoreError> {
-        let query = sqlx::query(AUDIT).bind(self.now).bind(actor).bind(action);
-        query.bind(build.map(|id| id.as_uuid())).bind(detail).execute(&mut *self.inner).await?;
+        let detail = &printable(detail);
+        let query = self.inner.query(AUDIT).bind(self.now).bind(actor).bind(action);
+        query.bind(build.map(|id| id.as_uuid())).bind(detail).execute().await?;
         Ok(())
     }
 
     /// Keeps a message that nobody could read.
     pub async fn keep_bad(&mut self, queue: &str, error: &str, body: &[u8]) -> Result<(), StoreError> {
-        let query = sqlx::query(BAD).bind(self.now).bind(queue).bind(error).bind(body);
-        query.execute(&mut *self.inner).await?;
+        let error = &printable(error);
+        let query = self.inner.query(BAD).bind(self.now).bind(queue).bind(error).bind(body);
+        query.execute().await?;
         Ok(())
     }
 
     /// The newest messages that nobody could read.
     pub async fn bad_messages(&mut self, limit: i64) -> Result<Vec<BadMessage>, StoreError> {
-        let rows = sqlx::query(ALL_BAD).bind(limit).fetch_all(&mut *self.inner).await?;
-        let bad = |row: &SqliteRow| {
+        let rows = self.inner.query(ALL_BAD).bind(limit).fetch_all().await?;
+        let bad = |row: &Row| {
             Ok(BadMessage {
                 id: row.try_get("id")?,
                 at: row.try_get("at")?,

@@ -41,5 +41,5 @@ impl Fate {
 }
 
 fn failed(what: &'static str) -> StoreError {
-    StoreError::Sql(sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, what)))
+    sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, what)).into()
 }
