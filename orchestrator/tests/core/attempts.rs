@@ -5,7 +5,7 @@ use kiln_orchestrator::decide::ReplayRefused;
 use kiln_protocol::message::{CommitAnswer, HeadAnswer, Lane};
 use kiln_protocol::{Reason, State};
 
-use crate::harness::{FakeAgent, Registry, World, digest, failed};
+use super::harness::{FakeAgent, Registry, World, digest, failed};
 
 const TAG: &str = "r.example/app:1";
 
@@ -125,7 +125,7 @@ async fn a_one_shot_pool_is_buried() {
     shot.pools = ["one-shot".to_owned()].into();
     let heir = world.agent("heir");
     let in_pool = |tag: &str| {
-        let mut spec = crate::harness::spec(&[tag]);
+        let mut spec = super::harness::spec(&[tag]);
         spec.pool = "one-shot".parse().unwrap();
         spec
     };

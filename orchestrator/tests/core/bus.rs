@@ -18,7 +18,7 @@ use kiln_transport::topology::Binding;
 use kiln_transport::{Bus, Message, Published};
 use tokio::task::JoinSet;
 
-use crate::harness::{FakeAgent, World, image_of};
+use super::harness::{FakeAgent, World, image_of};
 
 const TAG: &str = "r.example/app:1";
 /// Nothing here takes a tenth of this on an idle machine.
@@ -131,7 +131,7 @@ async fn whose_report_it_is_the_broker_says() {
     let lease = agent.take(id).await;
     let thief = served.broker.connect("b");
     let report =
-        Report { lease, seq: 1, snapshot: crate::harness::failed(kiln_protocol::Reason::BuildFailed) };
+        Report { lease, seq: 1, snapshot: super::harness::failed(kiln_protocol::Reason::BuildFailed) };
     // Under the key of the agent that it pretends to be.
     say(&thief, &agent, &report).await;
     let honest = Report { lease, seq: 2, snapshot: Snapshot::default() };
@@ -199,7 +199,7 @@ async fn what_ends_loops_ends_them_between_changes() {
     let id = served.world.submit(&[TAG]).await;
     served.loops.abort_all();
     while served.loops.join_next().await.is_some() {}
-    let other = served.world.second(crate::harness::settings()).await;
+    let other = served.world.second(super::harness::settings()).await;
     let mut loops = JoinSet::new();
     let pools = ["default".parse().unwrap()];
     run::start(&other, &served.broker.connect("second"), &pools, &mut loops).await.unwrap();

@@ -7,7 +7,7 @@ use kiln_orchestrator::decide::CancelRefused;
 use kiln_protocol::message::{CommitAnswer, CommitRefusal, Standing};
 use kiln_protocol::{BuildId, Reason, State};
 
-use crate::harness::{World, failed};
+use super::harness::{World, failed};
 
 const TAG: &str = "r.example/app:1";
 
@@ -46,7 +46,7 @@ async fn a_cancel_before_the_commit_wins_and_one_after_it_is_too_late() {
 async fn of_a_cancel_and_a_commit_at_once_exactly_one_wins() {
     let world = World::new().await;
     let agent = world.agent("a");
-    let other = world.second(crate::harness::settings()).await;
+    let other = world.second(super::harness::settings()).await;
     let mut wins = [0, 0];
     for round in 0..40u8 {
         let id = world.submit(&[&format!("r.example/app:{round}")]).await;

@@ -12,7 +12,7 @@ use kiln_protocol::message::{
 };
 use kiln_protocol::{BuildId, BuildSpec, Reason, State};
 
-use crate::harness::{World, digest, failed, image_of, policy_rule, settings, spec};
+use super::harness::{World, digest, failed, image_of, policy_rule, settings, spec};
 
 const TAG: &str = "r.example/app:1";
 

@@ -1,7 +1,6 @@
 //! An orchestrator on a database of its own with a clock that stands still, and agents that do what they are told.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -13,7 +12,7 @@ use kiln_orchestrator::decide::{SECOND, TTL, Taken};
 use kiln_orchestrator::entropy::Entropy;
 use kiln_orchestrator::policy::PolicyRule;
 use kiln_orchestrator::schedule::Limits;
-use kiln_orchestrator::store::{Clock, Retention, Store};
+use kiln_orchestrator::store::{Clock, Retention};
 use kiln_orchestrator::submit::Submission;
 use kiln_orchestrator::sweep::Swept;
 use kiln_protocol::id::{AgentId, BootId, ClaimId};
@@ -27,6 +26,8 @@ use kiln_protocol::result::{Failure, Phase};
 use kiln_protocol::spec::{ContextRef, Destination, SecretSource};
 use kiln_protocol::{BuildId, BuildSpec, Digest, Reason, State, Target, spec as limits};
 use tokio::time::Instant;
+
+use crate::database::Database;
 
 /// Settings without a bound that a test would notice.
 pub(crate) fn settings() -> Settings {
@@ -44,7 +45,7 @@ pub(crate) struct World {
     pub(crate) clock: Arc<AtomicI64>,
     pub(crate) amnesty: Amnesty,
     monotonic: Instant,
-    folder: tempfile::TempDir,
+    pub(crate) database: Database,
 }
 
 impl World {
@@ -53,25 +54,21 @@ impl World {
     }
 
     pub(crate) async fn with(settings: Settings) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let database = Database::new(super::KIND).await;
         let clock = Arc::new(AtomicI64::new(1_700_000_000 * SECOND));
-        let store = Store::open(&folder.path().join("kiln.db"), Clock::Manual(Arc::clone(&clock))).await;
+        let store = database.open(Clock::Manual(Arc::clone(&clock))).await;
         let orchestrator = Orchestrator::new(store.unwrap(), settings, Entropy::seeded(7));
         let monotonic = Instant::now();
         let amnesty = Amnesty::default();
-        let mut world = Self { orchestrator: Arc::new(orchestrator), clock, amnesty, monotonic, folder };
+        let mut world = Self { orchestrator: Arc::new(orchestrator), clock, amnesty, monotonic, database };
         // Long enough that leases may expire.
         world.pass(TTL / SECOND + 4);
         world
     }
 
-    pub(crate) fn path(&self) -> PathBuf {
-        self.folder.path().join("kiln.db")
-    }
-
     /// Another process on the same database.
     pub(crate) async fn second(&self, settings: Settings) -> Arc<Orchestrator> {
-        let store = Store::open(&self.path(), Clock::Manual(Arc::clone(&self.clock))).await.unwrap();
+        let store = self.database.open(Clock::Manual(Arc::clone(&self.clock))).await.unwrap();
         Arc::new(Orchestrator::new(store, settings, Entropy::seeded(8)))
     }
 

@@ -5,7 +5,7 @@ use kiln_protocol::message::{
 };
 use kiln_protocol::{Reason, State};
 
-use crate::harness::{Registry, World, digest};
+use super::harness::{Registry, World, digest};
 
 const LATEST: &str = "r.example/app:latest";
 
@@ -110,10 +110,10 @@ async fn a_check_of_a_pool_that_nobody_serves_does_not_hide_the_others() {
     let gone = world.agent("gone");
     let here = world.agent("here");
     for i in 0..70 {
-        let mut spec = crate::harness::spec(&[&format!("r.example/old:{i}")]);
+        let mut spec = super::harness::spec(&[&format!("r.example/old:{i}")]);
         spec.pool = "gone".parse().unwrap();
         let id = world.submit_spec(spec).await;
-        let agent = crate::harness::FakeAgent { pools: ["gone".to_owned()].into(), ..gone.clone() };
+        let agent = super::harness::FakeAgent { pools: ["gone".to_owned()].into(), ..gone.clone() };
         let lease = agent.take(id).await;
         agent.commit(lease, 1).await;
     }

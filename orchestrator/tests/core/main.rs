@@ -1,16 +1,8 @@
-//! The orchestrator on a real database: every interleaving that breaks naive designs, by name.
+//! The orchestrator on a real database: every interleaving that breaks naive designs, by name. All of it runs on each
+//! kind of database.
 #![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::duplicate_mod, reason = "every test runs on each kind of database")]
 
-mod attempts;
-mod bus;
-mod cancels;
-mod claims;
-mod harness;
-mod heads;
-mod properties;
-mod reports;
-mod retention;
-mod silence;
-mod submissions;
-
-mod statements;
+mod database;
+mod postgres;
+mod sqlite;

@@ -4,7 +4,7 @@ use kiln_protocol::message::{AttemptEnd, Outcome, Snapshot};
 use kiln_protocol::{BuildId, Reason};
 use proptest::prelude::*;
 
-use crate::harness::{World, digest, failed};
+use super::harness::{World, digest, failed};
 
 const TAGS: [&str; 2] = ["r.example/app:1", "r.example/app:2"];
 

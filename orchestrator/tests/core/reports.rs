@@ -5,7 +5,7 @@ use kiln_protocol::message::{CommitAnswer, Outcome, Snapshot, Standing};
 use kiln_protocol::result::Phase;
 use kiln_protocol::{Reason, State};
 
-use crate::harness::{Registry, World, digest, failed};
+use super::harness::{Registry, World, digest, failed};
 
 const TAG: &str = "r.example/app:1";
 

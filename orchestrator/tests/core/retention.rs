@@ -8,7 +8,7 @@ use kiln_protocol::message::{Lane, Snapshot};
 use kiln_protocol::result::{Phase, PhaseDuration};
 use kiln_protocol::{BuildId, Reason, State};
 
-use crate::harness::{Registry, World, digest, failed};
+use super::harness::{Registry, World, digest, failed};
 
 const TAG: &str = "r.example/app:1";
 const DAY: i64 = 24 * 3600;

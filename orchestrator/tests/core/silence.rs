@@ -3,7 +3,7 @@
 use kiln_protocol::message::Standing;
 use kiln_protocol::{BuildSpec, Reason, State};
 
-use crate::harness::{World, spec};
+use super::harness::{World, spec};
 
 const TAG: &str = "r.example/app:1";
 

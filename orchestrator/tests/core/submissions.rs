@@ -1,10 +1,11 @@
 //! What is accepted, and what of it everybody hears.
 
-use kiln_orchestrator::store::{Clock, Store};
+use kiln_orchestrator::store::Clock;
 use kiln_orchestrator::submit::{Submission, SubmitError};
 use kiln_protocol::{BuildSpec, State};
 
-use crate::harness::{World, spec};
+use super::harness::{World, spec};
+use crate::database::{Database, Fresh, Kind};
 
 fn keyed(spec: BuildSpec, key: &str) -> Submission {
     Submission { spec, key: Some(key.to_owned()), retry_of: None }
@@ -26,7 +27,7 @@ async fn the_same_key_gives_the_same_build_and_another_request_is_refused() {
 #[tokio::test]
 async fn one_key_at_once_from_two_processes_gives_one_build() {
     let world = World::new().await;
-    let other = world.second(crate::harness::settings()).await;
+    let other = world.second(super::harness::settings()).await;
     for round in 0..10 {
         let submission = || keyed(spec(&["r.example/app:1"]), &format!("k{round}"));
         let (one, two) = tokio::join!(world.orchestrator.submit(submission()), other.submit(submission()));
@@ -79,15 +80,13 @@ async fn only_what_is_over_can_be_submitted_again() {
 #[tokio::test]
 async fn processes_that_open_a_fresh_database_at_once_all_can() {
     for _ in 0..5 {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("kiln.db");
-        let mut tasks = tokio::task::JoinSet::new();
-        for _ in 0..8 {
-            let path = path.clone();
-            tasks.spawn(async move { Store::open(&path, Clock::System).await });
-        }
-        for opened in tasks.join_all().await {
-            opened.unwrap().close().await;
+        let database = match super::KIND {
+            Kind::Sqlite => Database::new(Kind::Sqlite).await,
+            Kind::Postgres => Database::Postgres(Fresh::empty().await),
+        };
+        let opened = futures_util::future::join_all((0..8).map(|_| database.open(Clock::System))).await;
+        for store in opened {
+            store.unwrap().close().await;
         }
     }
 }

@@ -1,0 +1,6 @@
+//! The suite on PostgreSQL.
+
+pub(crate) const KIND: crate::database::Kind = crate::database::Kind::Postgres;
+
+#[path = "suite.rs"]
+mod suite;

@@ -1,0 +1,6 @@
+//! The suite on SQLite.
+
+pub(crate) const KIND: crate::database::Kind = crate::database::Kind::Sqlite;
+
+#[path = "suite.rs"]
+mod suite;
