@@ -1,7 +1,8 @@
 #!/bin/sh
-# A PostgreSQL for tests, without a port and without durability. It ends with the process that started it.
+# A PostgreSQL for tests, without a port, and without durability unless that is asked for. It ends with the process that started it.
 #
-#   scripts/test-postgres.sh start        writes KILN_TEST_POSTGRES=FOLDER to $NEXTEST_ENV, or prints it
+#   scripts/test-postgres.sh start [durable]
+#                                         writes KILN_TEST_POSTGRES=FOLDER to $NEXTEST_ENV, or prints it
 #   scripts/test-postgres.sh restart FOLDER
 set -eu
 
@@ -33,12 +34,14 @@ listen_addresses = ''
 unix_socket_directories = '$folder'
 max_connections = 300
 shared_buffers = 64MB
-fsync = off
-full_page_writes = off
-synchronous_commit = off
 # One round of the checkpointer per CREATE DATABASE is enough.
 checkpoint_timeout = 1h
 max_wal_size = 4GB
+END
+    [ "$1" = durable ] || unprivileged tee -a "$folder/data/postgresql.conf" >/dev/null <<END
+fsync = off
+full_page_writes = off
+synchronous_commit = off
 END
     # Nobody waits for the output of what stays.
     setsid "$self" guard "$PPID" "$folder" </dev/null >/dev/null 2>&1 &
@@ -59,11 +62,11 @@ guard() { # PID FOLDER
 }
 
 case ${1:-} in
-    start) start ;;
+    start) start "${2:-}" ;;
     guard) guard "$2" "$3" ;;
     restart)
         cd "$2"
         unprivileged "$bin/pg_ctl" --pgdata="$2/data" --log="$2/log" --mode=immediate --wait --silent restart
         ;;
-    *) fail "usage: $0 start | restart FOLDER" ;;
+    *) fail "usage: $0 start [durable] | restart FOLDER" ;;
 esac

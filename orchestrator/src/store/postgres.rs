@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
+use sqlx::migrate::MigrateError;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{Connection as _, PgConnection, Postgres, SqlSafeStr as _, Transaction};
 
@@ -83,6 +84,18 @@ impl fmt::Debug for Server {
     }
 }
 
+/// A database that is in trouble is not one whose schema is wrong.
+fn not_migrated(database: &str, source: MigrateError) -> StoreError {
+    let failed = |source| StoreError::Migrate { database: database.to_owned(), source };
+    match source {
+        MigrateError::Execute(cause) => match StoreError::from(cause) {
+            StoreError::Sql(cause) => failed(MigrateError::Execute(cause)),
+            outage => outage,
+        },
+        other => failed(other),
+    }
+}
+
 fn password(file: &Path) -> Result<String, StoreError> {
     let failed = |why: String| {
         StoreError::Settings(format!("the password of the database cannot be read from {}: {why}", file.display()))
@@ -122,7 +135,7 @@ impl Pg {
         let relaxed = sqlx::raw_sql("SET lock_timeout = 0; SET statement_timeout = 0".into_sql_str());
         relaxed.execute(&mut connection).await.map_err(failed)?;
         let migrated = migrations::postgres().run(&mut connection).await;
-        migrated.map_err(|source| StoreError::Migrate { database: database.clone(), source })?;
+        migrated.map_err(|source| not_migrated(&database, source))?;
         bounded(connection.close()).await?;
         let pool = PgPoolOptions::new()
             .max_connections(server.connections)

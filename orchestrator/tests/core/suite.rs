@@ -6,7 +6,7 @@ mod attempts;
 mod bus;
 mod cancels;
 mod claims;
-mod harness;
+pub(crate) mod harness;
 mod heads;
 mod properties;
 mod reports;
