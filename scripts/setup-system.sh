@@ -44,6 +44,19 @@ missing_for_plugins() {
     [ -d /usr/lib/rustlib/src ] || echo rust-web-src
 }
 
+# Its programs are in no PATH.
+has_postgres() {
+    ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1
+}
+
+# The package makes a database for the whole machine and starts its server; the tests have their own.
+no_main_cluster() {
+    file=/etc/postgresql-common/createcluster.conf
+    ! grep -Eqs '^create_main_cluster *= *false' "$file" || return 0
+    as_root mkdir -p "${file%/*}"
+    echo 'create_main_cluster = false' | as_root tee -a "$file" >/dev/null
+}
+
 missing_packages() {
     if [ "$purpose" = plugins ]; then
         missing_for_plugins
@@ -65,6 +78,7 @@ missing_packages() {
         # For promtool.
         have promtool || echo prometheus
         have shellcheck || echo shellcheck
+        has_postgres || echo postgresql
     fi
 }
 
@@ -76,6 +90,9 @@ install_packages() {
     fi
     say "installing: $packages"
     as_root apt-get -qq update || say "cannot refresh the package lists; trying with the old ones"
+    case " $packages " in
+        *" postgresql "*) no_main_cluster ;;
+    esac
     # shellcheck disable=SC2086 # one word per package
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends $packages
     case " $packages " in

@@ -13,5 +13,8 @@ export KILN_BIN
 if cargo nextest --version >/dev/null 2>&1; then
     cargo nextest run --workspace --locked --no-fail-fast "$@"
 else
+    # What .config/nextest.toml does.
+    eval "$(scripts/test-postgres.sh start)"
+    export KILN_TEST_POSTGRES
     cargo test --workspace --locked --no-fail-fast "$@"
 fi

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use kiln_orchestrator::store::{Clock, Server, Store, StoreError};
-use sqlx::{Connection as _, Executor as _, PgConnection, SqlSafeStr as _};
+use sqlx::{Connection as _, Executor as _, PgConnection, SqlSafeStr as _, SqliteConnection};
 
 /// Which kind of database the tests of a module run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +31,19 @@ impl Database {
         match self {
             Self::Sqlite(folder) => Store::open(&folder.path().join("kiln.db"), clock).await,
             Self::Postgres(fresh) => Store::connect(&fresh.server(), clock).await,
+        }
+    }
+
+    /// Changes it behind everybody's back.
+    pub(crate) async fn execute(&self, sql: &'static str) {
+        match self {
+            Self::Sqlite(folder) => {
+                let options = sqlx::sqlite::SqliteConnectOptions::new().filename(folder.path().join("kiln.db"));
+                let mut session = SqliteConnection::connect_with(&options).await.unwrap();
+                session.execute(sql).await.unwrap();
+                session.close().await.unwrap();
+            }
+            Self::Postgres(fresh) => drop(fresh.session().await.execute(sql).await.unwrap()),
         }
     }
 }

@@ -90,3 +90,33 @@ async fn processes_that_open_a_fresh_database_at_once_all_can() {
         }
     }
 }
+
+/// While replicas are replaced one by one, those of this version work, and start, on what the next one added.
+#[tokio::test]
+async fn a_schema_with_a_later_step_is_good_enough() {
+    let world = World::new().await;
+    let agent = world.agent("a");
+    let waiting = world.submit(&["r.example/app:1"]).await;
+    let lease = agent.take(waiting).await;
+    world.database.execute("ALTER TABLE builds ADD COLUMN later TEXT").await;
+    world.database.execute("CREATE INDEX builds_by_later ON builds (later)").await;
+    let applied = "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
+        SELECT version + 1000, 'later', success, checksum, 0 FROM _sqlx_migrations";
+    world.database.execute(applied).await;
+    let started = world.second(super::harness::settings()).await;
+    let agent = super::harness::FakeAgent { orchestrator: started, ..agent };
+    assert_eq!(agent.renew(&[lease]).await[0].standing, kiln_protocol::message::Standing::Held);
+    let fresh = world.submit(&["r.example/app:2"]).await;
+    agent.take(fresh).await;
+}
+
+#[tokio::test]
+async fn text_that_no_database_takes_is_taken() {
+    let world = World::new().await;
+    let mut tx = world.orchestrator.store().write().await.unwrap();
+    tx.keep_bad("kiln.report", "a \0 in it", b"\0").await.unwrap();
+    tx.audit("somebody", "cancel", None, "\0").await.unwrap();
+    tx.commit().await.unwrap();
+    let bad = world.orchestrator.bad_messages().await.unwrap();
+    assert_eq!((bad[0].error.as_str(), bad[0].body.as_slice()), ("a \u{fffd} in it", b"\0".as_slice()));
+}

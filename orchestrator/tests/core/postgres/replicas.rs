@@ -130,6 +130,14 @@ async fn relays_share_the_outbox() {
     for i in 0..250 {
         world.submit(&[&format!("r.example/app:{i}")]).await;
     }
+    let (mut one, mut two) =
+        (replicas[0].store().write().await.unwrap(), replicas[1].store().write().await.unwrap());
+    let first: BTreeSet<i64> =
+        one.take_outgoing(world.now(), 100).await.unwrap().iter().map(|message| message.id).collect();
+    let second = two.take_outgoing(world.now(), 100).await.unwrap();
+    assert_eq!((first.len(), second.len()), (100, 100), "neither waits for the other");
+    assert!(second.iter().all(|message| !first.contains(&message.id)));
+    drop((one, two));
     let broker = MemoryBroker::new(1);
     let bus = broker.connect("orchestrator");
     let mut declared = kiln_orchestrator::topology::shared(&[]);
