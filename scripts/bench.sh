@@ -9,4 +9,6 @@ target=$(cargo metadata --format-version=1 --no-deps --offline | sed 's/.*"targe
 KILN_BIN=$target/release/kiln cargo bench --locked --package=kiln-tests --bench=overhead --bench=cache
 scripts/plugins.sh
 KILN_PLUGINS=$target/plugins cargo bench --locked --package=kiln-agent --bench=hooks
+eval "$(scripts/test-postgres.sh start durable)"
+export KILN_TEST_POSTGRES
 cargo bench --locked --package=kiln-orchestrator --bench=record

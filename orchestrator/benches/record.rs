@@ -1,7 +1,8 @@
-//! What the record costs: submit, claim, commit, the whole of a job whose build does nothing, and the looks at a long
-//! queue.
+//! What the record costs on SQLite and on PostgreSQL: submit, claim, commit, the whole of a job whose build does nothing,
+//! and the looks at a long queue.
 //!
-//! Everything that lasts is synced to disk, so the disk decides over most figures.
+//! Everything that lasts is synced to disk, so the disk decides over most figures. PostgreSQL is the one that
+//! `scripts/test-postgres.sh start durable` starts; without it only SQLite is measured.
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -16,7 +17,7 @@ use kiln_orchestrator::build::Build;
 use kiln_orchestrator::core::Orchestrator;
 use kiln_orchestrator::entropy::Entropy;
 use kiln_orchestrator::run;
-use kiln_orchestrator::store::{Clock, Store};
+use kiln_orchestrator::store::Clock;
 use kiln_orchestrator::submit::Submission;
 use kiln_protocol::envelope::{self, Message as _};
 use kiln_protocol::id::{ClaimId, MessageId, Pool};
@@ -28,24 +29,39 @@ use kiln_transport::memory::MemoryBroker;
 use kiln_transport::{Bus, Message, Published};
 use tokio::task::JoinSet;
 
+#[path = "../tests/core/database.rs"]
+mod database;
 #[path = "../tests/core/harness.rs"]
 mod harness;
 
+use database::{Database, Kind};
 use harness::{FakeAgent, World, image_of, settings, spec};
 
+/// What the harness takes unless it is told.
+const KIND: Kind = Kind::Sqlite;
 const JOBS: usize = 500;
 /// Jobs under way at once, as many as one agent with four slots has.
 const AT_ONCE: usize = 4;
+/// As many as show what waits for what.
+const MORE_AT_ONCE: usize = 16;
 const WAITING: usize = 100_000;
 const TARGET: &str = "r.example/app:1";
 
 fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    runtime.block_on(async {
-        steps().await;
-        jobs().await;
-        long_queue().await;
-    });
+    for kind in [Kind::Sqlite, Kind::Postgres] {
+        if kind == Kind::Postgres && std::env::var_os("KILN_TEST_POSTGRES").is_none() {
+            println!("PostgreSQL: not measured, because there is none");
+            continue;
+        }
+        println!("{kind:?}");
+        runtime.block_on(async {
+            steps(kind).await;
+            jobs(kind, AT_ONCE).await;
+            jobs(kind, MORE_AT_ONCE).await;
+            long_queue(kind).await;
+        });
+    }
 }
 
 fn print(name: &str, mut times: Vec<Duration>) {
@@ -55,8 +71,8 @@ fn print(name: &str, mut times: Vec<Duration>) {
 }
 
 /// Each step by itself, called directly.
-async fn steps() {
-    let world = World::new().await;
+async fn steps(kind: Kind) {
+    let world = World::on(kind, settings()).await;
     let agent = world.agent("a");
     let (mut submit, mut claim, mut commit) = (Vec::new(), Vec::new(), Vec::new());
     for i in 0..JOBS {
@@ -78,9 +94,9 @@ async fn steps() {
 }
 
 /// Submit to SUCCESS over the bus in memory, with everything of the orchestrator running and a build that does nothing.
-async fn jobs() {
-    let folder = tempfile::tempdir().unwrap();
-    let store = Store::open(&folder.path().join("kiln.db"), Clock::System).await.unwrap();
+async fn jobs(kind: Kind, at_once: usize) {
+    let database = Database::new(kind).await;
+    let store = database.open(Clock::System).await.unwrap();
     let orchestrator = Arc::new(Orchestrator::new(store, settings(), Entropy::System));
     let broker = MemoryBroker::new(1);
     let mut loops = JoinSet::new();
@@ -97,8 +113,8 @@ async fn jobs() {
     };
     let begun = Instant::now();
     let mut lines = JoinSet::new();
-    for _ in 0..AT_ONCE {
-        lines.spawn(line(Arc::clone(&orchestrator), bus.clone(), agent.clone(), JOBS / AT_ONCE));
+    for _ in 0..at_once {
+        lines.spawn(line(Arc::clone(&orchestrator), bus.clone(), agent.clone(), JOBS / at_once));
     }
     let (mut claimed, mut done) = (Vec::new(), Vec::new());
     while let Some(times) = lines.join_next().await {
@@ -107,11 +123,12 @@ async fn jobs() {
             done.push(to_end);
         }
     }
-    let rate = f64::from(u32::try_from(JOBS).unwrap()) / begun.elapsed().as_secs_f64();
+    let rate = f64::from(u32::try_from(JOBS / at_once * at_once).unwrap()) / begun.elapsed().as_secs_f64();
     print("submit to claim", claimed);
     print("submit to SUCCESS", done);
-    println!("jobs per second          {rate:.0}   ({AT_ONCE} at once)");
+    println!("jobs per second          {rate:.0}   ({at_once} at once)");
     loops.shutdown().await;
+    orchestrator.store().close().await;
 }
 
 /// One job after the other: how long until the claim was answered, and until the record says SUCCESS.
@@ -173,8 +190,8 @@ async fn until_over(orchestrator: &Orchestrator, id: BuildId) {
 }
 
 /// What happens all the time, when very many builds wait.
-async fn long_queue() {
-    let mut world = World::new().await;
+async fn long_queue(kind: Kind) {
+    let mut world = World::on(kind, settings()).await;
     fill(&world, WAITING).await;
     let agent = world.agent("a");
     let bus = MemoryBroker::new(1).connect("orchestrator");

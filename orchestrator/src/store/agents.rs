@@ -44,7 +44,8 @@ pub(super) const STATEMENTS: &[&str] = &[UPSERT, ONE, SEEN_SINCE, FORGET, TOOK_S
 impl Tx {
     /// Notes what an agent says of itself.
     pub async fn see_agent(&mut self, agent: &AgentRow) -> Result<(), StoreError> {
-        self.inner.query(UPSERT)
+        self.inner
+            .query(UPSERT)
             .bind(agent.id.as_str())
             .bind(agent.boot.as_uuid())
             .bind(to_json("pools", &agent.pools)?)

@@ -19,7 +19,8 @@ pub(super) const STATEMENTS: &[&str] = &[INSERT, OF_BUILD, BY_CLAIM];
 impl Tx {
     /// Remembers a lease that ended.
     pub async fn add_attempt(&mut self, build: BuildId, ended: &EndedAttempt) -> Result<(), StoreError> {
-        self.inner.query(INSERT)
+        self.inner
+            .query(INSERT)
             .bind(build.as_uuid())
             .bind(i64::from(ended.attempt.get()))
             .bind(match ended.lane {

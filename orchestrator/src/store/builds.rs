@@ -79,8 +79,10 @@ const EXISTS: &str = "SELECT 1 FROM builds WHERE id = $1";
 const LOAD: &str = "SELECT document, spec FROM builds WHERE id = $1";
 const LOAD_LOCKED: Statement =
     Statement { sqlite: LOAD, postgres: "SELECT document, spec FROM builds WHERE id = $1 FOR UPDATE" };
-const LOAD_FREE: Statement =
-    Statement { sqlite: LOAD, postgres: "SELECT document, spec FROM builds WHERE id = $1 FOR UPDATE SKIP LOCKED" };
+const LOAD_FREE: Statement = Statement {
+    sqlite: LOAD,
+    postgres: "SELECT document, spec FROM builds WHERE id = $1 FOR UPDATE SKIP LOCKED",
+};
 const BY_CLAIM: &str = "SELECT document, spec FROM builds WHERE claim_id = $1";
 const LEASED_BY: Statement = Statement {
     sqlite: "SELECT document, spec FROM builds WHERE lease_agent = $1 ORDER BY id",
@@ -175,7 +177,8 @@ impl Tx {
         request_hash: &str,
     ) -> Result<(), StoreError> {
         let repositories: BTreeSet<String> = spec.targets().map(kiln_protocol::Target::name).collect();
-        self.inner.query(INSERT)
+        self.inner
+            .query(INSERT)
             .bind(build.id.as_uuid())
             .bind(build.submit_seq.0)
             .bind(spec.namespace.as_str())
@@ -200,7 +203,9 @@ impl Tx {
     /// Saves a build that was loaded with this version.
     pub async fn save(&mut self, loaded: u64, build: &Build, spec: &BuildSpec) -> Result<Saved, StoreError> {
         let lease = build.lease.as_ref();
-        let done = self.inner.query(SAVE)
+        let done = self
+            .inner
+            .query(SAVE)
             .bind(build.id.as_uuid())
             .bind(version(loaded))
             .bind(build.submit_seq.0)

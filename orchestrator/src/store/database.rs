@@ -6,7 +6,7 @@ use std::time::Duration;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
-use sqlx::{Postgres, Sqlite, SqlSafeStr as _, Transaction};
+use sqlx::{Postgres, SqlSafeStr as _, Sqlite, Transaction};
 
 use super::postgres::Pg;
 use super::query::{Query, Statement, bounded};

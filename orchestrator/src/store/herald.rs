@@ -59,7 +59,10 @@ async fn hear(pool: PgPool, told: Arc<Told>, own: String) {
         if pool.is_closed() {
             return;
         }
-        tracing::debug!(error = crate::error::chain(&error), "nothing is heard of other replicas; again soon");
+        tracing::debug!(
+            error = crate::error::chain(&error),
+            "nothing is heard of other replicas; again soon"
+        );
         tokio::time::sleep(AGAIN_AFTER).await;
     }
 }

@@ -67,7 +67,8 @@ impl Tx {
     /// Adds a message to be sent once this change is committed.
     pub async fn send(&mut self, message: &Outgoing) -> Result<(), StoreError> {
         self.tells = true;
-        self.inner.query(PUT)
+        self.inner
+            .query(PUT)
             .bind(message.exchange)
             .bind(&message.key)
             .bind(message.kind)

@@ -57,16 +57,19 @@ impl Server {
         format!("{} on {host}", options.get_database().unwrap_or(options.get_username()))
     }
 
-    fn options(&self) -> Result<PgConnectOptions, StoreError> {
+    fn address(&self) -> Result<PgConnectOptions, StoreError> {
         // The cause is left out: it may quote the address with its password.
-        let options = PgConnectOptions::from_str(&self.url).map_err(|_| {
+        PgConnectOptions::from_str(&self.url).map_err(|_| {
             StoreError::Settings(
                 "the address of the database is none; write postgres://user@host:port/name".to_owned(),
             )
-        })?;
+        })
+    }
+
+    fn options(&self) -> Result<PgConnectOptions, StoreError> {
         let options = match &self.password_file {
-            Some(file) => options.password(&password(file)?),
-            None => options,
+            Some(file) => self.address()?.password(&password(file)?),
+            None => self.address()?,
         };
         let limits = [
             ("statement_timeout", STATEMENT_TIMEOUT),
@@ -79,8 +82,11 @@ impl Server {
 
 impl fmt::Debug for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = self.options().map(|options| Self::name(&options));
-        f.debug_struct("Server").field("name", &name.ok()).field("connections", &self.connections).finish()
+        let name = self.address().map(|options| Self::name(&options));
+        f.debug_struct("Server")
+            .field("name", &name.ok())
+            .field("connections", &self.connections)
+            .finish_non_exhaustive()
     }
 }
 
@@ -98,7 +104,10 @@ fn not_migrated(database: &str, source: MigrateError) -> StoreError {
 
 fn password(file: &Path) -> Result<String, StoreError> {
     let failed = |why: String| {
-        StoreError::Settings(format!("the password of the database cannot be read from {}: {why}", file.display()))
+        StoreError::Settings(format!(
+            "the password of the database cannot be read from {}: {why}",
+            file.display()
+        ))
     };
     let text = std::fs::read_to_string(file).map_err(|e| failed(e.to_string()))?;
     if text.len() > MAX_PASSWORD_BYTES {
@@ -144,7 +153,9 @@ impl Pg {
                 Box::pin(async move {
                     // A server that vanished would keep the place in the pool until the kernel gives up.
                     let ended = tokio::time::timeout(RELEASE_TIMEOUT, connection.ping()).await;
-                    ended.unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into())).map(|()| true)
+                    ended
+                        .unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()))
+                        .map(|()| true)
                 })
             });
         Ok(Self { pool: pool.connect_lazy_with(options), ahead: Arc::default() })
@@ -196,7 +207,10 @@ mod tests {
     #[test]
     fn a_password_is_shown_nowhere() {
         let server = Server::new("postgres://kiln:hunter2@db.example/record");
-        assert_eq!(format!("{server:?}"), r#"Server { name: Some("record on db.example"), connections: 16 }"#);
+        assert_eq!(
+            format!("{server:?}"),
+            r#"Server { name: Some("record on db.example"), connections: 16, .. }"#
+        );
         let wrong = Server::new("postgres://kiln:hunter2@db.example:port/record");
         let error = wrong.options().unwrap_err();
         assert!(!format!("{error:?} {error} {wrong:?}").contains("hunter2"));

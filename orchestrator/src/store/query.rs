@@ -43,7 +43,7 @@ pub(super) enum Query<'t> {
     Postgres(&'t mut PgConnection, sqlx::query::Query<'t, Postgres, PgArguments>),
 }
 
-impl<'t> Query<'t> {
+impl Query<'_> {
     pub(super) fn bind<'v, T: Value<'v>>(self, value: T) -> Self {
         match self {
             Self::Sqlite(connection, query) => Self::Sqlite(connection, query.bind(value)),

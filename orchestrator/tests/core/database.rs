@@ -38,7 +38,8 @@ impl Database {
     pub(crate) async fn execute(&self, sql: &'static str) {
         match self {
             Self::Sqlite(folder) => {
-                let options = sqlx::sqlite::SqliteConnectOptions::new().filename(folder.path().join("kiln.db"));
+                let options =
+                    sqlx::sqlite::SqliteConnectOptions::new().filename(folder.path().join("kiln.db"));
                 let mut session = SqliteConnection::connect_with(&options).await.unwrap();
                 session.execute(sql).await.unwrap();
                 session.close().await.unwrap();
@@ -51,7 +52,8 @@ impl Database {
 /// The folder of the server that the test runner started.
 fn server() -> PathBuf {
     let started = std::env::var_os("KILN_TEST_POSTGRES");
-    started.expect("cargo nextest starts a PostgreSQL; else run scripts/test-postgres.sh start").into()
+    let missing = || panic!("cargo nextest starts a PostgreSQL; else run scripts/test-postgres.sh start");
+    started.unwrap_or_else(missing).into()
 }
 
 /// A database that is a copy of one with the schema, until it is dropped.

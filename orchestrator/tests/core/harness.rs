@@ -27,7 +27,7 @@ use kiln_protocol::spec::{ContextRef, Destination, SecretSource};
 use kiln_protocol::{BuildId, BuildSpec, Digest, Reason, State, Target, spec as limits};
 use tokio::time::Instant;
 
-use crate::database::Database;
+use crate::database::{Database, Kind};
 
 /// Settings without a bound that a test would notice.
 pub(crate) fn settings() -> Settings {
@@ -54,7 +54,11 @@ impl World {
     }
 
     pub(crate) async fn with(settings: Settings) -> Self {
-        let database = Database::new(super::KIND).await;
+        Self::on(super::KIND, settings).await
+    }
+
+    pub(crate) async fn on(kind: Kind, settings: Settings) -> Self {
+        let database = Database::new(kind).await;
         let clock = Arc::new(AtomicI64::new(1_700_000_000 * SECOND));
         let store = database.open(Clock::Manual(Arc::clone(&clock))).await;
         let orchestrator = Orchestrator::new(store.unwrap(), settings, Entropy::seeded(7));

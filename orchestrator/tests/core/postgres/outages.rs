@@ -18,8 +18,7 @@ use crate::database::{Database, Fresh};
 
 const TAG: &str = "r.example/app:1";
 const DEADLINE: Duration = Duration::from_secs(30);
-const TERMINATE: &str =
-    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '$name' AND pid <> pg_backend_pid()";
+const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '$name' AND pid <> pg_backend_pid()";
 
 fn fresh(world: &World) -> &Fresh {
     match &world.database {
@@ -120,7 +119,10 @@ async fn a_read_only_database_can_be_read_and_nothing_expires() {
     let mut ripe = Amnesty::default();
     let start = Instant::now();
     for second in (0..40).step_by(2) {
-        ripe.tick(world.now() - (40 - second) * 1_000_000, start + Duration::from_secs(second.unsigned_abs()));
+        ripe.tick(
+            world.now() - (40 - second) * 1_000_000,
+            start + Duration::from_secs(second.unsigned_abs()),
+        );
     }
     let at = start + Duration::from_secs(40);
     let refused = other.probe_and_sweep(&bus, &mut ripe, at).await.unwrap_err();

@@ -52,7 +52,9 @@ async fn claims_at_once_keep_every_limit() {
         groups.extend(group.clone());
         // Half of them in a pool of their own: limits and groups reach over pools.
         let pool = ["default", "other"][i / 30].parse().unwrap();
-        world.submit_spec(BuildSpec { namespace, group, pool, ..spec(&[&format!("r.example/app:{i}")]) }).await;
+        world
+            .submit_spec(BuildSpec { namespace, group, pool, ..spec(&[&format!("r.example/app:{i}")]) })
+            .await;
     }
     let mut tasks = JoinSet::new();
     for (i, mut agent) in agents(&world, &replicas, 12).into_iter().enumerate() {
@@ -89,7 +91,8 @@ async fn one_wish_at_two_replicas_gets_one_lease() {
     let two = FakeAgent { orchestrator: Arc::clone(&replicas[1]), ..one.clone() };
     for _ in 0..10 {
         let claim = ClaimId::generate();
-        let (first, second) = tokio::join!(one.claim_as(Lane::Build, claim), two.claim_as(Lane::Build, claim));
+        let (first, second) =
+            tokio::join!(one.claim_as(Lane::Build, claim), two.claim_as(Lane::Build, claim));
         assert!(matches!(first, ClaimAnswer::Build(_)));
         assert_eq!(first, second);
     }
@@ -246,7 +249,8 @@ async fn locks_are_waited_for_and_held_for_less_than_a_lease() {
     let mut stopped = world.second(settings()).await.store().write().await.unwrap();
     stopped.load(id).await.unwrap();
     let begun = Instant::now();
-    let refused = world.orchestrator.cancel(id, kiln_protocol::Reason::Cancelled, "somebody").await.unwrap_err();
+    let refused =
+        world.orchestrator.cancel(id, kiln_protocol::Reason::Cancelled, "somebody").await.unwrap_err();
     let text = kiln_orchestrator::error::chain(&refused);
     assert!(text.contains("locked by somebody else"), "{text}");
     loop {
