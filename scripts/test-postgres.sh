@@ -38,6 +38,8 @@ shared_buffers = 64MB
 checkpoint_timeout = 1h
 max_wal_size = 4GB
 END
+    # One role needs its password.
+    sed -i '1i local all guarded scram-sha-256' "$folder/data/pg_hba.conf"
     [ "$1" = durable ] || unprivileged tee -a "$folder/data/postgresql.conf" >/dev/null <<END
 fsync = off
 full_page_writes = off

@@ -111,3 +111,18 @@ impl From<LogError> for Refusal {
         Self::ours(Code::Unavailable, &error)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_meets_trouble_of_the_database_is_told_to_come_again() {
+        let trouble = crate::store::StoreError::from(sqlx::Error::PoolTimedOut);
+        let response = Refusal::from(CoreError::Store(trouble)).into_response();
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(response.headers().contains_key(header::RETRY_AFTER));
+        let ours = Refusal::new(Code::BadRequest, "").into_response();
+        assert!(!ours.headers().contains_key(header::RETRY_AFTER));
+    }
+}

@@ -16,6 +16,8 @@ const TELL: &str = "SELECT pg_notify('kiln_change', $1)";
 /// Pause after a hint: one says as much as many. PostgreSQL lets one transaction with a NOTIFY commit at a time, so
 /// changes themselves carry none.
 const PAUSE: Duration = Duration::from_millis(20);
+/// A connection on which nothing was heard for this long may be dead without knowing it, and is made anew.
+const SILENCE: Duration = Duration::from_mins(1);
 /// Pause before a lost connection is made anew.
 const AGAIN_AFTER: Duration = Duration::from_secs(1);
 
@@ -73,7 +75,8 @@ async fn listen(pool: &PgPool, told: &Told, own: &str) -> Result<std::convert::I
     // What happened before is not heard.
     told.here.notify_waiters();
     loop {
-        let hint = listener.recv().await?;
+        let heard = tokio::time::timeout(SILENCE, listener.recv()).await;
+        let hint = heard.map_err(|_| StoreError::no_answer())??;
         if hint.payload() != own {
             told.here.notify_waiters();
         }

@@ -25,6 +25,8 @@ const IDLE_TIMEOUT: &str = "10s";
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A connection that does not end its last transaction within this time is cut.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
+/// A connection gets no older: after a failover nobody talks to the former primary for longer.
+const LIFETIME: Duration = Duration::from_mins(5);
 /// Largest file with a password.
 const MAX_PASSWORD_BYTES: usize = 4096;
 
@@ -149,6 +151,7 @@ impl Pg {
         let pool = PgPoolOptions::new()
             .max_connections(server.connections)
             .acquire_timeout(ACQUIRE_TIMEOUT)
+            .max_lifetime(LIFETIME)
             .after_release(|connection, _| {
                 Box::pin(async move {
                     // A server that vanished would keep the place in the pool until the kernel gives up.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use kiln_orchestrator::amnesty::Amnesty;
 use kiln_orchestrator::core::{CoreError, Orchestrator};
 use kiln_orchestrator::entropy::Entropy;
-use kiln_orchestrator::store::{Clock, Outage, Store, StoreError};
+use kiln_orchestrator::store::{Clock, Outage, Server, Store, StoreError};
 use kiln_orchestrator::submit::{Submission, SubmitError};
 use kiln_protocol::{BuildId, State};
 use kiln_transport::memory::MemoryBroker;
@@ -162,6 +162,25 @@ async fn a_pool_without_connections_is_waited_for_only_so_long() {
     assert_eq!(outage(&refused), Outage::Slow);
     held.clear();
     assert!(submit(&world.orchestrator, "k").await.is_ok());
+}
+
+#[tokio::test]
+async fn a_password_comes_from_a_file_and_is_shown_to_nobody() {
+    let world = World::new().await;
+    fresh(&world).run("CREATE ROLE guarded SUPERUSER LOGIN PASSWORD 'hunter2'").await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("password");
+    let url = fresh(&world).server().url.replace("user=kiln", "user=guarded");
+    let server = |password: &str| {
+        std::fs::write(&file, password).unwrap();
+        Server { password_file: Some(file.clone()), ..Server::new(&url) }
+    };
+    let store = Store::connect(&server("hunter2\n"), Clock::System).await.unwrap();
+    assert!(!format!("{store:?}").contains("hunter2"));
+    store.close().await;
+    let refused = Store::connect(&server("hunter3"), Clock::System).await.unwrap_err();
+    let text = format!("{refused:?} {}", kiln_orchestrator::error::chain(&refused));
+    assert!(text.contains("password authentication failed") && !text.contains("hunter3"), "{text}");
 }
 
 fn script(arguments: &[&str]) -> String {
