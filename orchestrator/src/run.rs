@@ -29,9 +29,12 @@ pub async fn start(
     let on = |loops: &mut JoinSet<()>, work: Work| {
         loops.spawn(keep_on(Arc::clone(orchestrator), bus.clone(), work));
     };
-    for work in [Work::Questions, Work::Reports, Work::DeadCommands, Work::DeadReports] {
-        on(loops, work);
+    for _ in 0..orchestrator.store().writers() {
+        on(loops, Work::Questions);
+        on(loops, Work::Reports);
     }
+    on(loops, Work::DeadCommands);
+    on(loops, Work::DeadReports);
     loops.spawn(relay(Arc::clone(orchestrator), bus.clone()));
     loops.spawn(sweep(Arc::clone(orchestrator), bus.clone()));
     loops.spawn(prune(Arc::clone(orchestrator)));

@@ -18,6 +18,7 @@ mod migrations;
 mod outbox;
 mod postgres;
 mod query;
+mod queue;
 mod retention;
 mod streams;
 mod trouble;
@@ -33,7 +34,7 @@ use herald::{Herald, Told};
 use query::Row;
 
 pub use agents::AgentRow;
-pub use builds::{Due, Inserted, Line, Recorded, Saved, Which};
+pub use builds::{Inserted, Recorded, Saved};
 pub use clock::Clock;
 pub use error::{Outage, StoreError};
 pub use heads::Recheck;
@@ -41,9 +42,14 @@ pub use locks::Lock;
 pub use outbox::{Outgoing, Pending};
 pub use postgres::Server;
 pub use query::Statement;
+pub use queue::{Due, Line, Which};
 pub use retention::Retention;
 pub use streams::{BadMessage, StoredEvent};
 pub use trouble::{Fate, Trouble, Turn};
+
+/// Changes of one kind that one process has under way on PostgreSQL: each waits for the network and the disk most of the
+/// time, and leaves connections for others.
+const WRITERS: usize = 4;
 
 /// The record.
 #[derive(Debug, Clone)]
@@ -149,6 +155,14 @@ impl Store {
         self.told.here.notified()
     }
 
+    /// How many changes can be under way at once to any use.
+    pub(crate) const fn writers(&self) -> usize {
+        match self.database {
+            Database::Sqlite { .. } => 1,
+            Database::Postgres(_) => WRITERS,
+        }
+    }
+
     /// What this process committed.
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
@@ -195,6 +209,7 @@ pub fn statements() -> impl Iterator<Item = Statement> {
         builds::STATEMENTS,
         heads::STATEMENTS,
         outbox::STATEMENTS,
+        queue::STATEMENTS,
         retention::STATEMENTS,
         streams::STATEMENTS,
     ];
