@@ -17,7 +17,7 @@ bin=$(printf '%s\n' /usr/lib/postgresql/*/bin | sort -V | tail -n 1)
 # The server refuses to run as root. The user is the one under whose ids builds of root run.
 unprivileged() {
     if [ "$(id -u)" -eq 0 ]; then
-        setpriv --reuid=kiln --regid=kiln --clear-groups -- "$@"
+        setpriv --reuid=kiln --regid="$(id -g kiln)" --clear-groups -- "$@"
     else
         "$@"
     fi
@@ -25,7 +25,7 @@ unprivileged() {
 
 start() {
     folder=$(mktemp -d "${TMPDIR:-/tmp}/kiln-pg.XXXXXX")
-    [ "$(id -u)" -ne 0 ] || chown kiln:kiln "$folder"
+    [ "$(id -u)" -ne 0 ] || chown kiln: "$folder"
     cd "$folder"
     unprivileged "$bin/initdb" --pgdata="$folder/data" --username=kiln --auth=trust --encoding=UTF8 --no-locale \
         --no-sync >"$folder/initdb.log"

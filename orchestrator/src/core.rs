@@ -218,3 +218,29 @@ fn wish_to_send(before: &Build, after: &Build) -> Result<Option<Outgoing>, Envel
     let cancel = Cancel { build: after.id, attempt: after.attempt, reason: wish.reason };
     Outgoing::new(topology::COMMANDS, topology::cancels(&lease.agent), &cancel).map(Some)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_the_database_undid_is_done_again_but_not_for_ever() {
+        let undone = || CoreError::Store(StoreError::Contended(sqlx::Error::RowNotFound));
+        for (undone_times, succeeds) in [(0, true), (TRIES - 1, true), (TRIES, false)] {
+            let mut calls = 0;
+            let result = undisturbed(|| {
+                calls += 1;
+                let done = calls > undone_times;
+                async move { if done { Ok(()) } else { Err(undone()) } }
+            });
+            assert_eq!(result.await.is_ok(), succeeds, "undone {undone_times} times");
+        }
+        let mut calls = 0;
+        let other: Result<(), _> = undisturbed(|| {
+            calls += 1;
+            async { Err(CoreError::Store(StoreError::Settings(String::new()))) }
+        })
+        .await;
+        assert!(other.is_err() && calls == 1, "nothing else is done again");
+    }
+}

@@ -15,7 +15,7 @@ use super::query::{ANSWER, bounded};
 use super::{Clock, StoreError, migrations};
 use crate::build::Micros;
 
-/// A statement ends within this time, or the session is asked for the impossible.
+/// Every statement reads an index and few rows; one that takes this long does harm to others.
 const STATEMENT_TIMEOUT: &str = "10s";
 /// Longest wait for somebody else's change. A lease lasts six times as long.
 const LOCK_TIMEOUT: &str = "5s";
@@ -44,7 +44,7 @@ pub struct Server {
     pub connections: u32,
 }
 
-/// Two replicas and a client for the operator fit into the hundred connections that PostgreSQL has unless told otherwise.
+/// Five replicas and somebody who looks fit into the hundred connections that PostgreSQL has unless told otherwise.
 const CONNECTIONS: u32 = 16;
 
 impl Server {

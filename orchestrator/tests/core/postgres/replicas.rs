@@ -10,7 +10,7 @@ use kiln_orchestrator::decide::{SECOND, TTL};
 use kiln_orchestrator::schedule::Limits;
 use kiln_orchestrator::store::{Outage, StoreError};
 use kiln_protocol::id::ClaimId;
-use kiln_protocol::message::{ClaimAnswer, CommitAnswer, Lane};
+use kiln_protocol::message::{AttemptEnd, ClaimAnswer, CommitAnswer, Lane, Snapshot};
 use kiln_protocol::{BuildId, BuildSpec, State, topology};
 use kiln_transport::memory::MemoryBroker;
 use kiln_transport::topology::Binding;
@@ -198,6 +198,53 @@ async fn sweeps_at_once_end_each_lease_once() {
         let build = world.show(id).await;
         assert_eq!((build.state, build.attempt.get()), (State::Pending, 2));
         assert_eq!(world.orchestrator.attempts(id).await.unwrap().len(), 1);
+    }
+}
+
+/// Builds that share tags, whose holders go without an answer, while everybody sweeps: whatever waits for whatever, every
+/// question gets its answer, and the newest committed build is the head.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_of_all_this_at_once_fails() {
+    let world = World::new().await;
+    let replicas = replicas(&world, &settings(), 3).await;
+    let tags: Vec<String> = (0..4).map(|i| format!("r.example/app:{i}")).collect();
+    for i in 0..60 {
+        // In either order.
+        world.submit(&[&tags[i % 4], &tags[(i * 3 + 1) % 4]]).await;
+    }
+    let mut tasks = JoinSet::new();
+    for agent in agents(&world, &replicas, 6) {
+        tasks.spawn(async move {
+            let mut committed = Vec::new();
+            while let Some(grant) = agent.claim().await {
+                let lease = grant.lease;
+                if let CommitAnswer::Granted { .. } = agent.commit(lease, 1).await {
+                    committed.push(grant);
+                }
+                agent.renew(&[lease]).await;
+                let gone = Snapshot { end: Some(AttemptEnd::Answered), ..Snapshot::default() };
+                agent.report(lease, 1, gone).await;
+            }
+            committed
+        });
+    }
+    let mut sweeping = JoinSet::new();
+    for replica in replicas {
+        sweeping.spawn(async move {
+            let mut amnesty = Amnesty::default();
+            loop {
+                replica.sweep(&mut amnesty, Instant::now()).await.unwrap();
+            }
+        });
+    }
+    let committed: Vec<_> = tasks.join_all().await.into_iter().flatten().collect();
+    assert!(sweeping.try_join_next().is_none(), "a sweep failed");
+    let mut tx = world.orchestrator.store().read().await.unwrap();
+    for tag in tags {
+        let tag = tag.parse().unwrap();
+        let of_tag = committed.iter().filter(|grant| grant.spec.targets().any(|target| *target == tag));
+        let newest = of_tag.max_by_key(|grant| grant.submit_seq).unwrap();
+        assert_eq!(tx.head(&tag).await.unwrap().unwrap().build, newest.lease.build, "{tag}");
     }
 }
 
