@@ -14,6 +14,7 @@ pub mod leftovers;
 pub mod plain;
 pub mod process;
 pub mod proxy;
+pub mod rabbit;
 pub mod registry;
 pub mod resolver;
 pub mod server;

@@ -163,8 +163,8 @@ fn password(dir: &Path) -> String {
     format!("auth: {{htpasswd: {{realm: kiln, path: {}}}}}\n", file.display())
 }
 
-/// Makes `ca.pem`, `server.pem` and `server.key`.
-fn certificates(dir: &Path) -> String {
+/// Makes `ca.pem`, and `server.pem` with `server.key` for 127.0.0.1.
+pub(crate) fn make_certificates(dir: &Path) {
     let script = "set -e\n\
         openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=kiln-test-ca -keyout ca.key -out ca.pem\n\
         openssl req -newkey rsa:2048 -nodes -subj /CN=127.0.0.1 -keyout server.key -out server.csr\n\
@@ -173,6 +173,10 @@ fn certificates(dir: &Path) -> String {
           -extfile server.ext -out server.pem\n";
     let mut command = Command::new("/bin/sh");
     let _ = run(command.args(["-c", script]).current_dir(dir), START).expect_code(0);
+}
+
+fn certificates(dir: &Path) -> String {
+    make_certificates(dir);
     let (certificate, key) = (dir.join("server.pem"), dir.join("server.key"));
     format!("  tls: {{certificate: {}, key: {}}}\n", certificate.display(), key.display())
 }

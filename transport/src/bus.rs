@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::delivery::{Consumer, ConsumerKind, Delivery};
 use crate::topology::check_key;
-use crate::{BusError, Message, Published, Topology, memory};
+use crate::{BusError, Message, Published, Topology, amqp, memory};
 
 /// The exchange that reaches every queue by its name, where replies go.
 const DEFAULT_EXCHANGE: &str = "";
@@ -22,6 +22,8 @@ const DEFAULT_EXCHANGE: &str = "";
 pub enum Bus {
     /// To a broker inside this process.
     Memory(memory::Connection),
+    /// To a broker over the network.
+    Amqp(amqp::Connection),
 }
 
 /// Whether a connection can be used.
@@ -43,6 +45,7 @@ impl Bus {
     pub fn identity(&self) -> &str {
         match self {
             Self::Memory(connection) => connection.identity(),
+            Self::Amqp(connection) => connection.identity(),
         }
     }
 
@@ -51,6 +54,7 @@ impl Bus {
         topology.check()?;
         match self {
             Self::Memory(connection) => connection.declare(topology).await,
+            Self::Amqp(connection) => connection.declare(topology).await,
         }
     }
 
@@ -58,6 +62,7 @@ impl Bus {
     pub async fn delete_queue(&self, queue: &str) -> Result<(), BusError> {
         match self {
             Self::Memory(connection) => connection.delete_queue(queue).await,
+            Self::Amqp(connection) => connection.delete_queue(queue).await,
         }
     }
 
@@ -65,6 +70,7 @@ impl Bus {
     pub async fn queue_depth(&self, queue: &str) -> Result<u64, BusError> {
         match self {
             Self::Memory(connection) => connection.queue_depth(queue).await,
+            Self::Amqp(connection) => connection.queue_depth(queue).await,
         }
     }
 
@@ -82,6 +88,7 @@ impl Bus {
         check_key(key)?;
         match self {
             Self::Memory(connection) => connection.publish(exchange, key, message, mandatory).await,
+            Self::Amqp(connection) => connection.publish(exchange, key, message, mandatory).await,
         }
     }
 
@@ -91,6 +98,10 @@ impl Bus {
             Self::Memory(connection) => {
                 let consumer = connection.consume(queue, prefetch.get()).await?;
                 Ok(Consumer(ConsumerKind::Memory(consumer)))
+            }
+            Self::Amqp(connection) => {
+                let consumer = connection.consume(queue, prefetch.get()).await?;
+                Ok(Consumer(ConsumerKind::Amqp(Box::new(consumer))))
             }
         }
     }
@@ -125,6 +136,11 @@ impl Bus {
                     failed = publish => failed,
                 }
             }
+            Self::Amqp(connection) => {
+                request.check()?;
+                check_key(key)?;
+                connection.call(exchange, key, request).await
+            }
         }
     }
 
@@ -142,6 +158,19 @@ impl Bus {
                 let watched = connection.watch();
                 ConnectionWatch { seen: watched.state(), watched: Watched::Memory(watched) }
             }
+            Self::Amqp(connection) => {
+                let watched = connection.watch();
+                ConnectionWatch { seen: watched.state(), watched: Watched::Amqp(watched) }
+            }
+        }
+    }
+
+    /// Why the connection is down, in words for an operator. None while it can be used, and before the first
+    /// attempt to connect has ended.
+    pub fn trouble(&self) -> Option<String> {
+        match self {
+            Self::Memory(_) => None,
+            Self::Amqp(connection) => connection.trouble(),
         }
     }
 
@@ -149,6 +178,7 @@ impl Bus {
     pub async fn close(&self) {
         match self {
             Self::Memory(connection) => connection.close().await,
+            Self::Amqp(connection) => connection.close().await,
         }
     }
 }
@@ -179,6 +209,7 @@ pub struct ConnectionWatch {
 #[derive(Debug)]
 enum Watched {
     Memory(memory::Watch),
+    Amqp(amqp::Watch),
 }
 
 impl ConnectionWatch {
@@ -186,6 +217,7 @@ impl ConnectionWatch {
     pub fn current(&self) -> ConnectionState {
         match &self.watched {
             Watched::Memory(watch) => watch.state(),
+            Watched::Amqp(watch) => watch.state(),
         }
     }
 
@@ -194,6 +226,7 @@ impl ConnectionWatch {
     pub async fn changed(&mut self) -> ConnectionState {
         self.seen = match &self.watched {
             Watched::Memory(watch) => watch.state_after(self.seen).await,
+            Watched::Amqp(watch) => watch.state_after(self.seen).await,
         };
         self.seen
     }
@@ -213,6 +246,7 @@ impl ConnectionWatch {
     fn identity(&self) -> String {
         match &self.watched {
             Watched::Memory(watch) => watch.identity().to_owned(),
+            Watched::Amqp(watch) => watch.identity().to_owned(),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Consumers and deliveries of any bus (shell).
 
-use crate::{BusError, Message, memory};
+use crate::{BusError, Message, amqp, memory};
 
 /// A subscription to a queue. Dropping it is as [`Consumer::cancel`].
 #[derive(Debug)]
@@ -9,6 +9,7 @@ pub struct Consumer(pub(crate) ConsumerKind);
 #[derive(Debug)]
 pub(crate) enum ConsumerKind {
     Memory(memory::Consumer),
+    Amqp(Box<amqp::Consumer>),
 }
 
 impl Consumer {
@@ -18,16 +19,17 @@ impl Consumer {
     pub async fn next(&mut self) -> Option<Delivery> {
         match &mut self.0 {
             ConsumerKind::Memory(consumer) => consumer.next().await,
+            ConsumerKind::Amqp(consumer) => consumer.next().await,
         }
     }
 
     /// Ends the subscription: nothing more is sent to it. What was taken with [`Consumer::next`] stays with its
     /// holder and can be settled; what was sent and not taken goes back to the queue. An exclusive queue goes
     /// with its last consumer.
-    #[expect(clippy::unused_async, reason = "the server's answer has to be awaited on a network")]
     pub async fn cancel(self) -> Result<(), BusError> {
         match self.0 {
             ConsumerKind::Memory(consumer) => drop(consumer),
+            ConsumerKind::Amqp(consumer) => consumer.cancel().await?,
         }
         Ok(())
     }
@@ -59,6 +61,7 @@ pub struct Delivery {
 #[derive(Debug)]
 pub(crate) enum Handle {
     Memory(memory::Settle),
+    Amqp(amqp::Settle),
 }
 
 impl Delivery {
@@ -66,6 +69,7 @@ impl Delivery {
     pub async fn ack(self) -> Result<(), BusError> {
         let held = match self.handle {
             Handle::Memory(settle) => settle.ack().await,
+            Handle::Amqp(settle) => settle.ack().await,
         };
         check_held(held, self.queue)
     }
@@ -74,6 +78,7 @@ impl Delivery {
     pub async fn requeue(self) -> Result<(), BusError> {
         let held = match self.handle {
             Handle::Memory(settle) => settle.requeue().await,
+            Handle::Amqp(settle) => settle.requeue().await,
         };
         check_held(held, self.queue)
     }
@@ -82,6 +87,7 @@ impl Delivery {
     pub async fn reject(self) -> Result<(), BusError> {
         let held = match self.handle {
             Handle::Memory(settle) => settle.reject().await,
+            Handle::Amqp(settle) => settle.reject().await,
         };
         check_held(held, self.queue)
     }

@@ -26,6 +26,37 @@ pub enum BusError {
         /// How long the answer was waited for.
         limit: Duration,
     },
+    /// An alarm of the broker, memory or disk, keeps it from taking messages; whether it has this one, or still
+    /// takes it, is unknown.
+    #[error("the broker took no message of {identity} within {limit:?}: it is short of memory or disk")]
+    Blocked {
+        /// Whose connection.
+        identity: String,
+        /// How long the end of the alarm was waited for.
+        limit: Duration,
+    },
+    /// The broker's user lacks a permission.
+    #[error(
+        "the broker does not let {identity} {action} {what} `{name}`; give this user the permission there"
+    )]
+    Denied {
+        /// The broker's user.
+        identity: String,
+        /// What was tried.
+        action: &'static str,
+        /// Exchange or queue.
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// The broker said something that has no meaning here.
+    #[error("{action} failed on the broker: {reason}")]
+    Unexpected {
+        /// What was tried.
+        action: &'static str,
+        /// The broker's words.
+        reason: String,
+    },
     /// Nobody has declared the exchange.
     #[error("exchange `{name}` does not exist on the broker; the orchestrator declares it when it starts")]
     NoExchange {

@@ -3,6 +3,7 @@
 //! [`Bus`] carries messages with the semantics of AMQP 0.9.1. A message is a hint: whoever uses a bus must be
 //! able to bear that any message is lost, comes twice or comes late.
 
+pub mod amqp;
 mod backoff;
 pub mod blobs;
 mod bus;
@@ -14,6 +15,7 @@ mod message;
 pub mod topic;
 pub mod topology;
 
+pub use amqp::AmqpSettings;
 pub use backoff::Backoff;
 pub use blobs::Blobs;
 pub use bus::{Bus, ConnectionState, ConnectionWatch};

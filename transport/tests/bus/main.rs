@@ -25,10 +25,22 @@ macro_rules! conformance {
     };
 }
 
+/// The same cases as values, for a broker that they share because it takes long to start.
+macro_rules! cases {
+    ($world:expr, [$($module:ident: $($case:ident),* $(,)?;)*]) => {
+        vec![$($(
+            {
+                let scene = Scene::new($world);
+                Case::new(stringify!($case), async move { $module::$case(&scene).await })
+            },
+        )*)*]
+    };
+}
+
 /// The list of cases, once for all brokers.
-macro_rules! conformance_of {
-    ($broker:ident, $world:expr) => {
-        conformance!($broker, $world, [
+macro_rules! all_cases {
+    ($macro:ident, $($head:tt)*) => {
+        $macro! { $($head)* [
             conformance:
                 everything_that_was_published_arrives,
                 a_message_that_no_queue_takes_is_returned,
@@ -74,8 +86,10 @@ macro_rules! conformance_of {
                 a_call_without_reply_ends_in_time,
                 a_late_reply_disturbs_nobody,
                 a_message_that_is_no_call_cannot_be_answered;
-        ]);
+        ] }
     };
 }
 
-conformance_of!(memory, InMemory::new());
+all_cases!(conformance, memory, InMemory::new(),);
+
+mod broker;
