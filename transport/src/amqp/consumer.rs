@@ -72,9 +72,12 @@ impl Consumer {
             tokio::select! {
                 biased;
                 item = stream.next() => match item {
-                    Some(Ok(delivery)) => return Some(self.take(delivery)),
+                    // What is left of a closed channel was given to others.
+                    Some(Ok(delivery)) if self.held.channel.status().connected() => {
+                        return Some(self.take(delivery));
+                    }
                     // The broker has closed the channel or cancelled the consumer. Both are the end of it.
-                    Some(Err(_)) | None => self.end(),
+                    Some(_) | None => self.end(),
                 },
                 () = tokio::time::sleep_until(self.watchdog.next_look) => self.look().await,
             }

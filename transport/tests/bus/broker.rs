@@ -13,27 +13,35 @@ use kiln_transport::amqp::{self, Timing};
 use kiln_transport::{AmqpSettings, Backoff, Bus};
 
 use crate::scene::{ALPHA, BETA, Scene, World, within};
-use crate::{conformance, dead_letters, rpc, subscriptions};
+use crate::{conformance, dead_letters, outages, rpc, subscriptions};
 
 /// Cases of the conformance suite at once: most of them wait that nothing comes.
 const AT_ONCE: usize = 6;
 
 /// A broker over the network.
-pub(crate) struct Remote(Arc<Rabbit>);
+pub(crate) struct Remote(String);
 
 impl World for Remote {
     async fn connect(&self, identity: &str) -> Bus {
-        connected(settings(&self.0.url(identity))).await
+        connected(settings(&self.0.replace(ALPHA, identity))).await
     }
 }
 
-/// Settings for a machine on which an outage is over soon.
-fn settings(url: &str) -> AmqpSettings {
-    let backoff = Backoff::new(Duration::from_millis(50), Duration::from_millis(500));
-    AmqpSettings::new(url).unwrap().with_timing(Timing { backoff, ..Timing::default() })
+/// For a machine on which an outage is over soon.
+pub(crate) const TIMING: Timing = Timing {
+    connect: Duration::from_secs(15),
+    operation: Duration::from_secs(10),
+    confirm: Duration::from_secs(10),
+    heartbeat: Duration::from_secs(20),
+    watchdog: Duration::from_mins(1),
+    backoff: Backoff::new(Duration::from_millis(50), Duration::from_millis(500)),
+};
+
+pub(crate) fn settings(url: &str) -> AmqpSettings {
+    AmqpSettings::new(url).unwrap().with_timing(TIMING)
 }
 
-async fn connected(settings: AmqpSettings) -> Bus {
+pub(crate) async fn connected(settings: AmqpSettings) -> Bus {
     let bus = amqp::connect(settings).unwrap();
     within(bus.watch().connected()).await.unwrap();
     bus
@@ -56,20 +64,48 @@ async fn run(cases: Vec<Case>, at_once: usize) -> Vec<&'static str> {
     let outcomes = stream::iter(cases).map(|case| async move {
         let mut task = tokio::task::JoinSet::new();
         task.spawn(case.body);
+        let start = std::time::Instant::now();
         let passed = task.join_next().await.unwrap().is_ok();
+        println!("{passed} {:?} {}", start.elapsed(), case.name);
         (!passed).then_some(case.name)
     });
     outcomes.buffer_unordered(at_once).filter_map(std::future::ready).collect().await
+}
+
+macro_rules! outages {
+    ($rabbit:expr, [$($case:ident),* $(,)?]) => {
+        vec![$(Case::new(stringify!($case), outages::$case(Arc::clone($rabbit)))),*]
+    };
 }
 
 #[test]
 fn a_real_broker() {
     let only = std::env::var("KILN_CASE").ok();
     let wanted = |case: &Case| only.as_ref().is_none_or(|only| case.name.contains(only));
-    let rabbit = Arc::new(Rabbit::start(&[ALPHA, BETA]));
+    let rabbit = Rabbit::start(&[ALPHA, BETA]);
+    let address = rabbit.url(ALPHA);
+    let world = || Remote(address.clone());
+    let suite: Vec<Case> = all_cases!(cases, world(),);
+    let rabbit = Arc::new(tokio::sync::Mutex::new(rabbit));
+    let faults = outages!(
+        &rabbit,
+        [
+            a_full_quorum_queue_rejects,
+            a_bad_call_does_not_stop_the_others,
+            tls_is_checked_against_the_authority,
+            a_wrong_password_is_told_and_never_shown,
+            a_consumer_that_is_starved_is_given_up,
+            a_black_hole_is_noticed_by_its_silence,
+            connections_that_an_operator_closes_come_back,
+            an_alarm_fails_publishes_in_time_and_ends,
+            nothing_confirmed_is_lost_when_the_server_is_killed,
+        ]
+    );
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let world = || Remote(Arc::clone(&rabbit));
-    let cases: Vec<Case> = all_cases!(cases, world(),);
-    let failed = runtime.block_on(run(cases.into_iter().filter(wanted).collect(), AT_ONCE));
+    let failed = runtime.block_on(async {
+        let mut failed = run(suite.into_iter().filter(wanted).collect(), AT_ONCE).await;
+        failed.extend(run(faults.into_iter().filter(wanted).collect(), 1).await);
+        failed
+    });
     assert!(failed.is_empty(), "failed: {failed:#?}");
 }

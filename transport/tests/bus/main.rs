@@ -4,6 +4,8 @@
 mod conformance;
 mod dead_letters;
 mod faults;
+mod outages;
+mod proxy;
 mod rpc;
 mod scene;
 mod subscriptions;
