@@ -164,7 +164,7 @@ fn password(dir: &Path) -> String {
 }
 
 /// Makes `ca.pem`, and `server.pem` with `server.key` for 127.0.0.1.
-pub(crate) fn make_certificates(dir: &Path) {
+pub fn make_certificates(dir: &Path) {
     let script = "set -e\n\
         openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=kiln-test-ca -keyout ca.key -out ca.pem\n\
         openssl req -newkey rsa:2048 -nodes -subj /CN=127.0.0.1 -keyout server.key -out server.csr\n\

@@ -65,7 +65,8 @@ pub(crate) enum Handle {
 }
 
 impl Delivery {
-    /// Done: the queue forgets it. [`BusError::Stale`] means that it comes again.
+    /// Done: the queue forgets it. [`BusError::Stale`] means that it comes again. It may come again without that
+    /// too: what is on its way when the connection ends is lost.
     pub async fn ack(self) -> Result<(), BusError> {
         let held = match self.handle {
             Handle::Memory(settle) => settle.ack().await,

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 use super::convert;
-use super::failure::{Attempt, Failure, Subject, classify};
+use super::failure::{Attempt, Subject};
 use super::link::Link;
 use super::publisher::{Parcel, Verdict, confirming, unconfirmed, verdict};
 use crate::{BusError, Message, Published};
@@ -117,12 +117,26 @@ impl Calls {
                 _ = sweep.tick() => self.waiting.retain(|_, waiting| !waiting.answer.is_closed()),
             }
         };
-        let identity = self.identity;
-        for (_, waiting) in self.waiting {
+        for (_, waiting) in std::mem::take(&mut self.waiting) {
+            let error = self.explain(&waiting, &left);
             // Its caller may have stopped to wait.
-            drop(waiting.answer.send(Err(BusError::Down { identity: identity.clone() })));
+            drop(waiting.answer.send(Err(error)));
         }
         left
+    }
+
+    /// Why a call fails whose channel is gone. The broker says in words which exchange was wrong, but not whose
+    /// request it was.
+    fn explain(&self, waiting: &Waiting, left: &Left) -> BusError {
+        let identity = &self.identity;
+        let name = &waiting.exchange;
+        match left {
+            Left::Broken(error) if error.to_string().contains(&format!("'{name}'")) => {
+                let subject = Subject { identity, action: "call", what: "exchange", name };
+                subject.error(&Attempt::Failed(error.clone()))
+            }
+            Left::Broken(_) | Left::Unused => BusError::Down { identity: identity.clone() },
+        }
     }
 
     fn begin(&mut self, request: Request) {
@@ -166,10 +180,7 @@ impl Calls {
         let address = |waiting: &Waiting| (waiting.exchange.clone(), waiting.key.clone());
         let confirmation = match sent.confirmation {
             Ok(confirmation) => confirmation,
-            Err(error) => {
-                self.fail(sent.id, &error);
-                return Some(error);
-            }
+            Err(error) => return Some(error),
         };
         match verdict(confirmation) {
             Verdict::Published(Published::Confirmed | Published::Returned) => {}
@@ -187,20 +198,5 @@ impl Calls {
             Verdict::Unconfirmed => self.finish(sent.id, |_| Err(unconfirmed())),
         }
         None
-    }
-
-    fn fail(&mut self, id: Uuid, error: &lapin::Error) {
-        let identity = self.identity.clone();
-        // Whichever request closed the channel: only an exchange can be missing.
-        let own = matches!(classify(error), Failure::Missing | Failure::Denied | Failure::Differs);
-        self.finish(id, |waiting| {
-            let name = &waiting.exchange;
-            let subject = Subject { identity: &identity, action: "call", what: "exchange", name };
-            Err(if own {
-                subject.error(&Attempt::Failed(error.clone()))
-            } else {
-                BusError::Down { identity: identity.clone() }
-            })
-        });
     }
 }

@@ -212,8 +212,8 @@ impl Settle {
     async fn settle(&self, sent: impl Future<Output = Result<bool, lapin::Error>>) -> bool {
         let sent = tokio::time::timeout(self.limit, sent).await;
         self.held.unsettled.fetch_sub(1, Ordering::Relaxed);
-        // Written is all one can know: the broker does not answer. If it was lost, the message comes again.
-        matches!(sent, Ok(Ok(true))) && self.held.channel.status().connected()
+        // Written is all one can know: the broker does not answer. If that is lost, the message comes again.
+        matches!(sent, Ok(Ok(true)))
     }
 }
 

@@ -12,7 +12,7 @@ use kiln_tests::rabbit::Rabbit;
 use kiln_transport::amqp::{self, Timing};
 use kiln_transport::{AmqpSettings, Backoff, Bus};
 
-use crate::scene::{ALPHA, BETA, Scene, World, within};
+use crate::scene::{ALPHA, BETA, Scene, World};
 use crate::{conformance, dead_letters, outages, rpc, subscriptions};
 
 /// Cases of the conformance suite at once: most of them wait that nothing comes.
@@ -26,6 +26,9 @@ impl World for Remote {
         connected(settings(&self.0.replace(ALPHA, identity))).await
     }
 }
+
+/// An honest connection is there long before.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// For a machine on which an outage is over soon.
 pub(crate) const TIMING: Timing = Timing {
@@ -43,7 +46,8 @@ pub(crate) fn settings(url: &str) -> AmqpSettings {
 
 pub(crate) async fn connected(settings: AmqpSettings) -> Bus {
     let bus = amqp::connect(settings).unwrap();
-    within(bus.watch().connected()).await.unwrap();
+    let up = tokio::time::timeout(PATIENCE, async { bus.watch().connected().await.unwrap() }).await;
+    assert!(up.is_ok(), "no connection: {:?}", bus.trouble());
     bus
 }
 

@@ -67,15 +67,15 @@ async fn receive_all(bus: &Bus, queue: &str, count: &Mutex<Option<u64>>) {
             continue;
         };
         loop {
+            eprintln!("DBG count {:?} seen {} depth {:?}", count.lock().await, seen.len(), bus.queue_depth(queue).await);
             if count.lock().await.is_some_and(|count| (0..count).all(|number| seen.contains(&number))) {
                 return;
             }
             match tokio::time::timeout(Duration::from_millis(100), consumer.next()).await {
                 Ok(Some(delivery)) => {
-                    let number = number(&delivery);
-                    if delivery.ack().await.is_ok() {
-                        seen.insert(number);
-                    }
+                    seen.insert(number(&delivery));
+                    // It may be too late for that.
+                    drop(delivery.ack().await);
                 }
                 Ok(None) => break,
                 Err(_) => {}
@@ -111,7 +111,8 @@ pub(crate) async fn nothing_confirmed_is_lost_when_the_server_is_killed(rabbit: 
         *stop.lock().await = true;
     };
     let received = receive_all(&consumer, &queue, &count);
-    let (confirmed, (), ()) = tokio::join!(publish, fault, received);
+    let all = async { tokio::join!(publish, fault, received) };
+    let (confirmed, (), ()) = tokio::time::timeout(BOOT * 2, all).await.expect("messages are missing");
     assert!(confirmed > 20, "only {confirmed} messages");
 }
 
@@ -274,11 +275,15 @@ pub(crate) async fn tls_is_checked_against_the_authority(rabbit: Shared) {
         (rabbit.tls_url(ALPHA), rabbit.ca())
     };
     let bus = connected(settings(&url).with_ca_file(&ca)).await;
-    let exchange = kiln_transport::Topology::default();
-    bus.declare(&exchange).await.unwrap();
-    let other = tempfile::NamedTempFile::new().unwrap();
-    let strangers = settings(&url).with_ca_file(other.path());
-    assert!(refused(strangers).await.contains("certificate"));
+    let missing = BusError::NoQueue { name: "missing".to_owned() };
+    assert_eq!(bus.queue_depth("missing").await.unwrap_err(), missing);
+    let dir = tempfile::tempdir().unwrap();
+    kiln_tests::registry::make_certificates(dir.path());
+    let strangers = refused(settings(&url).with_ca_file(dir.path().join("ca.pem"))).await;
+    assert!(strangers.contains("certificate"), "{strangers}");
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    let nobody = refused(settings(&url).with_ca_file(empty.path())).await;
+    assert!(nobody.contains("no certificate"), "{nobody}");
 }
 
 pub(crate) async fn a_wrong_password_is_told_and_never_shown(rabbit: Shared) {
