@@ -14,7 +14,7 @@ use crate::registry::make_certificates;
 /// Where Debian keeps the programs themselves; those in the search path change the user.
 const PROGRAMS: &str = "/usr/lib/rabbitmq/bin";
 /// A server boots in 5 to 10 s; a busy machine takes longer.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(90);
 /// What `rabbitmqctl` needs, most of it to start.
 const CONTROL: Duration = Duration::from_secs(60);
 /// What the server says when its ports are open and its definitions are there.
