@@ -75,6 +75,8 @@ missing_packages() {
         have skopeo || echo skopeo
         have ip || echo iproute2
         have curl || echo curl
+        # The server itself; what is in the search path wants to be root.
+        [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] || echo rabbitmq-server
         # For promtool.
         have promtool || echo prometheus
         have shellcheck || echo shellcheck
@@ -101,6 +103,9 @@ install_packages() {
     case " $packages " in
         *" prometheus "*) stop_service prometheus ;;
     esac
+    case " $packages " in
+        *" rabbitmq-server "*) stop_service rabbitmq-server ;;
+    esac
 }
 
 # The packages start servers for the whole machine; we run our own, if any, and nobody asked for those.
@@ -108,6 +113,8 @@ stop_service() { # NAME
     if have systemctl && systemctl is-enabled --quiet "$1" 2>/dev/null; then
         say "switching off the $1 service that its package just started"
         as_root systemctl disable --quiet --now "$1" || true
+    elif ! have systemctl && [ -x "/etc/init.d/$1" ]; then
+        as_root "/etc/init.d/$1" stop >/dev/null 2>&1 || true
     fi
 }
 

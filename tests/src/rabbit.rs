@@ -16,7 +16,7 @@ const PROGRAMS: &str = "/usr/lib/rabbitmq/bin";
 /// A server boots in 5 to 10 s; a busy machine takes longer.
 const START: Duration = Duration::from_secs(90);
 /// What `rabbitmqctl` needs, most of it to start.
-const CONTROL: Duration = Duration::from_secs(60);
+const CONTROL: Duration = Duration::from_mins(1);
 /// What the server says when its ports are open and its definitions are there.
 const READY: &str = "completed with";
 

@@ -250,7 +250,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_consumer_is_given_up_after_two_looks_in_a_row_without_a_delivery() {
-        let period = Duration::from_secs(60);
+        let period = Duration::from_mins(1);
         let start = Instant::now();
         let mut watchdog = Watchdog::new(period, start);
         assert_eq!(watchdog.next_look, start + period);

@@ -55,7 +55,7 @@ pub(super) fn received(properties: &BasicProperties, body: Vec<u8>) -> Received 
     let text = |value: &Option<ShortString>| value.as_ref().map(|text| text.as_str().to_owned());
     let id =
         |value: &Option<ShortString>| value.as_ref().and_then(|text| Uuid::parse_str(text.as_str()).ok());
-    let headers = properties.headers().iter().flat_map(|table| table.inner());
+    let headers = properties.headers().iter().flat_map(FieldTable::inner);
     let strings =
         headers.clone().filter_map(|(name, value)| Some((name.as_str().to_owned(), string(value)?)));
     let count =

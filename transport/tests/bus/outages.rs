@@ -119,7 +119,7 @@ pub(crate) async fn nothing_confirmed_is_lost_when_the_server_is_killed(rabbit: 
 }
 
 /// A booted server's connections are back within the longest backoff.
-const BOOT: Duration = Duration::from_secs(60);
+const BOOT: Duration = Duration::from_mins(1);
 
 pub(crate) async fn an_alarm_fails_publishes_in_time_and_ends(rabbit: Shared) {
     const LIMIT: Duration = Duration::from_secs(2);
