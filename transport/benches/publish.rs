@@ -27,7 +27,7 @@ fn topology() -> Topology {
 
 async fn rate(bus: &Bus, at_once: usize) -> f64 {
     let start = Instant::now();
-    let publish = |_| async move {
+    let publish = |()| async move {
         let message = Message::new(uuid::Uuid::now_v7(), "bench.v1", vec![b' '; 1024]);
         assert_eq!(bus.publish("x", "k", message, true).await.unwrap(), Published::Confirmed);
     };

@@ -70,7 +70,7 @@ async fn run(cases: Vec<Case>, at_once: usize) -> Vec<&'static str> {
         task.spawn(case.body);
         let start = std::time::Instant::now();
         let passed = task.join_next().await.unwrap().is_ok();
-        println!("{passed} {:?} {}", start.elapsed(), case.name);
+        println!("{} {:?} {}", if passed { "passed" } else { "FAILED" }, start.elapsed(), case.name);
         (!passed).then_some(case.name)
     });
     outcomes.buffer_unordered(at_once).filter_map(std::future::ready).collect().await
