@@ -54,7 +54,7 @@ impl Bus {
         topology.check()?;
         match self {
             Self::Memory(connection) => connection.declare(topology).await,
-            Self::Amqp(connection) => connection.declare(topology).await,
+            Self::Amqp(connection) => Box::pin(connection.declare(topology)).await,
         }
     }
 
@@ -62,7 +62,7 @@ impl Bus {
     pub async fn delete_queue(&self, queue: &str) -> Result<(), BusError> {
         match self {
             Self::Memory(connection) => connection.delete_queue(queue).await,
-            Self::Amqp(connection) => connection.delete_queue(queue).await,
+            Self::Amqp(connection) => Box::pin(connection.delete_queue(queue)).await,
         }
     }
 
@@ -70,7 +70,7 @@ impl Bus {
     pub async fn queue_depth(&self, queue: &str) -> Result<u64, BusError> {
         match self {
             Self::Memory(connection) => connection.queue_depth(queue).await,
-            Self::Amqp(connection) => connection.queue_depth(queue).await,
+            Self::Amqp(connection) => Box::pin(connection.queue_depth(queue)).await,
         }
     }
 
@@ -88,7 +88,7 @@ impl Bus {
         check_key(key)?;
         match self {
             Self::Memory(connection) => connection.publish(exchange, key, message, mandatory).await,
-            Self::Amqp(connection) => connection.publish(exchange, key, message, mandatory).await,
+            Self::Amqp(connection) => Box::pin(connection.publish(exchange, key, message, mandatory)).await,
         }
     }
 
@@ -100,7 +100,7 @@ impl Bus {
                 Ok(Consumer(ConsumerKind::Memory(consumer)))
             }
             Self::Amqp(connection) => {
-                let consumer = connection.consume(queue, prefetch.get()).await?;
+                let consumer = Box::pin(connection.consume(queue, prefetch.get())).await?;
                 Ok(Consumer(ConsumerKind::Amqp(Box::new(consumer))))
             }
         }
@@ -139,7 +139,7 @@ impl Bus {
             Self::Amqp(connection) => {
                 request.check()?;
                 check_key(key)?;
-                connection.call(exchange, key, request).await
+                Box::pin(connection.call(exchange, key, request)).await
             }
         }
     }

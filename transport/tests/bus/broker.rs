@@ -64,6 +64,7 @@ impl Case {
 }
 
 /// Runs cases, some at once; the names of those that failed.
+#[expect(clippy::print_stdout, reason = "the runner shows one test, and what fails or is slow is a case")]
 async fn run(cases: Vec<Case>, at_once: usize) -> Vec<&'static str> {
     let outcomes = stream::iter(cases).map(|case| async move {
         let mut task = tokio::task::JoinSet::new();

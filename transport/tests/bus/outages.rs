@@ -113,7 +113,7 @@ pub(crate) async fn nothing_confirmed_is_lost_when_the_server_is_killed(rabbit: 
         *stop.lock().await = true;
     };
     let received = receive_all(&consumer, &queue, &count);
-    let all = async { tokio::join!(publish, fault, received) };
+    let all = Box::pin(async { tokio::join!(publish, fault, received) });
     let (confirmed, (), ()) = tokio::time::timeout(BOOT * 2, all).await.expect("messages are missing");
     assert!(confirmed > 20, "only {confirmed} messages");
 }
