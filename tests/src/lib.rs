@@ -5,6 +5,7 @@
 #![expect(clippy::missing_panics_doc, reason = "a harness fails its test by panicking")]
 
 pub mod base;
+pub mod harbor;
 pub mod http;
 pub mod image;
 pub mod intercept;

@@ -38,6 +38,26 @@ pub enum Fault {
     DropAnswers,
 }
 
+/// An answer in the place of the server's.
+#[derive(Debug, Clone)]
+pub struct Canned {
+    /// HTTP status.
+    pub status: u16,
+    /// Whole lines, each with its end.
+    pub headers: String,
+    /// The body.
+    pub body: String,
+}
+
+/// What stands before the server and may answer for it.
+struct Guard(Box<dyn Fn(&Head) -> Option<Canned> + Send + Sync>);
+
+impl std::fmt::Debug for Guard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Guard")
+    }
+}
+
 #[derive(Debug)]
 struct Rule {
     path: String,
@@ -48,6 +68,7 @@ struct Rule {
 #[derive(Debug)]
 struct Shared {
     upstream: SocketAddr,
+    guard: Guard,
     rules: Mutex<Vec<Rule>>,
     requests: Mutex<Vec<Head>>,
     over: AtomicBool,
@@ -64,10 +85,19 @@ pub struct FaultProxy {
 impl FaultProxy {
     /// A proxy that forwards everything until told otherwise.
     pub fn start(upstream: SocketAddr) -> Self {
+        Self::guarded(upstream, |_| None)
+    }
+
+    /// A proxy that forwards what the guard does not answer.
+    pub fn guarded(
+        upstream: SocketAddr,
+        guard: impl Fn(&Head) -> Option<Canned> + Send + Sync + 'static,
+    ) -> Self {
+        let guard = Guard(Box::new(guard));
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let (rules, requests) = (Mutex::default(), Mutex::default());
-        let shared = Arc::new(Shared { upstream, rules, requests, over: AtomicBool::new(false) });
+        let shared = Arc::new(Shared { upstream, guard, rules, requests, over: AtomicBool::new(false) });
         let theirs = Arc::clone(&shared);
         let body = move || accept(&listener, &theirs);
         let thread = std::thread::Builder::new().name("proxy".to_owned()).spawn(body).unwrap();
@@ -127,10 +157,16 @@ fn serve(client: &TcpStream, shared: &Shared) {
     let Some(head) = Head::read(&mut reader) else { return };
     let fault = shared.next_fault(head.first());
     shared.requests.lock().unwrap().push(head.clone());
+    if let Some(canned) = shared.guard.0(&head) {
+        let _ = refuse(client, &mut reader, &canned);
+        let _ = client.shutdown(Shutdown::Both);
+        return;
+    }
     let _ = match fault {
-        Some(Fault::Status(code)) => refuse(client, &mut reader, code, ""),
+        Some(Fault::Status(status)) => refuse(client, &mut reader, &Canned::empty(status, String::new())),
         Some(Fault::Busy(seconds)) => {
-            refuse(client, &mut reader, 429, &format!("Retry-After: {seconds}\r\n"))
+            let headers = format!("Retry-After: {seconds}\r\n");
+            refuse(client, &mut reader, &Canned::empty(429, headers))
         }
         Some(Fault::BlackHole) => swallow(&mut reader),
         Some(Fault::Delay(pause)) => {
@@ -140,6 +176,12 @@ fn serve(client: &TcpStream, shared: &Shared) {
         other => forward(&head, reader, client, shared, other),
     };
     let _ = client.shutdown(Shutdown::Both);
+}
+
+impl Canned {
+    fn empty(status: u16, headers: String) -> Self {
+        Self { status, headers, body: String::new() }
+    }
 }
 
 impl Shared {
@@ -178,11 +220,15 @@ impl Read for Patient<'_> {
 }
 
 /// The client may still be sending a body, and hears an answer only if that is read.
-fn refuse(mut client: &TcpStream, body: &mut impl Read, code: u16, header: &str) -> std::io::Result<()> {
-    let answer = format!("HTTP/1.1 {code} Fault\r\n{header}Content-Length: 0\r\nConnection: close\r\n\r\n");
-    client.write_all(answer.as_bytes())?;
+fn refuse(mut client: &TcpStream, rest: &mut impl Read, canned: &Canned) -> std::io::Result<()> {
+    let Canned { status, headers, body } = canned;
+    let length = body.len();
+    let head =
+        format!("HTTP/1.1 {status} Fault\r\n{headers}Content-Length: {length}\r\nConnection: close\r\n\r\n");
+    client.write_all(head.as_bytes())?;
+    client.write_all(body.as_bytes())?;
     client.shutdown(Shutdown::Write)?;
-    swallow(body)
+    swallow(rest)
 }
 
 fn swallow(reader: &mut impl Read) -> std::io::Result<()> {
