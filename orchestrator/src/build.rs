@@ -167,9 +167,9 @@ impl Build {
         }
     }
 
-    /// The lease, if `key` proves it.
-    pub fn held_by(&self, key: &LeaseKey) -> Option<&Lease> {
-        let held = self.lease.as_ref().filter(|lease| lease.token == key.token);
+    /// The lease, if `key` proves it and it was given to whoever shows it: a key that leaked is worth nothing.
+    pub fn held_by(&self, from: &AgentId, key: &LeaseKey) -> Option<&Lease> {
+        let held = self.lease.as_ref().filter(|lease| lease.token == key.token && lease.agent == *from);
         held.filter(|_| self.id == key.build && self.attempt == key.attempt)
     }
 

@@ -25,12 +25,8 @@ impl Orchestrator {
     async fn take_report_once(&self, from: &AgentId, report: &Report) -> Result<Taken, CoreError> {
         let mut tx = self.store.write().await?;
         let Some(found) = tx.load(report.lease.build).await? else { return Ok(Taken::Stale) };
-        let theirs = found.build.held_by(&report.lease).is_some_and(|lease| lease.agent == *from);
-        if !theirs {
-            return Ok(Taken::Stale);
-        }
         let (tries, now) = (tries(&found), tx.now());
-        let taken = decide::report(&found.build, &found.spec, report, tries, now);
+        let taken = decide::report((&found.build, &found.spec), from, report, tries, now);
         if let Taken::Applied(after) = &taken {
             self.save(&mut tx, &found, (**after).clone()).await?;
             tx.commit().await?;
@@ -59,8 +55,8 @@ impl Orchestrator {
                 let renew = kiln_protocol::message::RenewRequest { agent, ..renew };
                 Answer::Renew(self.renew(&renew).await?)
             }
-            Request::Commit(commit) => Answer::Commit(self.commit(&commit).await?),
-            Request::Head(head) => Answer::Head(self.head(&head).await?),
+            Request::Commit(commit) => Answer::Commit(self.commit(from, &commit).await?),
+            Request::Head(head) => Answer::Head(self.head(from, &head).await?),
             Request::Tag(seen) => Answer::Tag(self.tag_seen(&TagSeen { agent, ..seen }).await?),
         })
     }

@@ -229,30 +229,30 @@ impl Orchestrator {
         // As everybody else who changes several.
         in_order.sort_by_key(|(_, key)| key.build);
         for (place, key) in in_order.into_iter().filter(|_| present) {
-            leases[place] = self.renew_one(&mut tx, key).await?;
+            leases[place] = self.renew_one(&mut tx, &request.agent, key).await?;
         }
         tx.commit().await?;
         crash::reach(CrashPoint::RunKnown);
         Ok(RenewAnswer { leases })
     }
 
-    async fn renew_one(&self, tx: &mut Tx, key: &LeaseKey) -> Result<Renewed, CoreError> {
+    async fn renew_one(&self, tx: &mut Tx, from: &AgentId, key: &LeaseKey) -> Result<Renewed, CoreError> {
         let Some(found) = tx.load(key.build).await? else {
             return Ok(REVOKED);
         };
-        let (after, renewed) = decide::renew(&found.build, key, tx.now());
+        let (after, renewed) = decide::renew(&found.build, from, key, tx.now());
         if let Some(after) = after {
             self.save(tx, &found, after).await?;
         }
         Ok(renewed)
     }
 
-    /// Decides whether a digest may be published.
-    pub async fn commit(&self, request: &CommitRequest) -> Result<CommitAnswer, CoreError> {
-        undisturbed(|| self.commit_once(request)).await
+    /// Decides whether an agent may publish a digest.
+    pub async fn commit(&self, from: &AgentId, request: &CommitRequest) -> Result<CommitAnswer, CoreError> {
+        undisturbed(|| self.commit_once(from, request)).await
     }
 
-    async fn commit_once(&self, request: &CommitRequest) -> Result<CommitAnswer, CoreError> {
+    async fn commit_once(&self, from: &AgentId, request: &CommitRequest) -> Result<CommitAnswer, CoreError> {
         let mut tx = self.store.write().await?;
         let Some(found) = tx.load(request.lease.build).await? else {
             return Ok(CommitAnswer::Refused { reason: CommitRefusal::Revoked });
@@ -263,7 +263,7 @@ impl Orchestrator {
             tx.lock(Lock::Target(target)).await?;
         }
         let heads = heads(&mut tx, &targets).await?;
-        let change = decide::commit(&found.build, &found.spec, request, &heads, tx.now());
+        let change = decide::commit((&found.build, &found.spec), from, request, &heads, tx.now());
         if let Some(after) = change.build {
             let build = self.save(&mut tx, &found, after).await?;
             for target in &change.heads {
@@ -276,7 +276,7 @@ impl Orchestrator {
     }
 
     /// Makes a build the head of a target. An earlier writer that has not answered may still move the tag.
-    async fn take_head(
+    pub(crate) async fn take_head(
         &self,
         tx: &mut Tx,
         build: &Build,
@@ -294,12 +294,12 @@ impl Orchestrator {
         Ok(())
     }
 
-    /// Says whether a build may move a tag now.
-    pub async fn head(&self, request: &HeadRequest) -> Result<HeadAnswer, CoreError> {
+    /// Says whether an agent may move a tag of a build now.
+    pub async fn head(&self, from: &AgentId, request: &HeadRequest) -> Result<HeadAnswer, CoreError> {
         let mut tx = self.store.read().await?;
         let Some(found) = tx.load(request.lease.build).await? else { return Ok(HeadAnswer::Revoked) };
         let head = tx.head(&request.target).await?;
-        Ok(decide::is_head(&found.build, request, head.as_ref()))
+        Ok(decide::is_head(&found.build, from, request, head.as_ref()))
     }
 
     /// Says what to do about what a tag shows.

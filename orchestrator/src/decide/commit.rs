@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use kiln_protocol::id::AgentId;
 use kiln_protocol::message::{
     CommitAnswer, CommitRefusal, CommitRequest, HeadAnswer, HeadRequest, Hook, Outcome, PolicyVerdict,
     RequiredPolicy,
@@ -31,13 +32,13 @@ impl CommitChange {
 
 /// Decides over the wish to publish. `heads` has the newest build of each target that has one.
 pub fn commit(
-    build: &Build,
-    spec: &BuildSpec,
+    (build, spec): (&Build, &BuildSpec),
+    from: &AgentId,
     request: &CommitRequest,
     heads: &BTreeMap<Target, Head>,
     now: Micros,
 ) -> CommitChange {
-    if build.held_by(&request.lease).is_none() {
+    if build.held_by(from, &request.lease).is_none() {
         return CommitChange::refused(CommitRefusal::Revoked);
     }
     if let Some(record) = &build.commit {
@@ -114,8 +115,8 @@ fn spoke(policy: &RequiredPolicy, hook: Hook, verdicts: &[PolicyVerdict], digest
 }
 
 /// Whether this build may move a tag now. `head` is the newest committed build of the target.
-pub fn is_head(build: &Build, request: &HeadRequest, head: Option<&Head>) -> HeadAnswer {
-    if build.held_by(&request.lease).is_none() || build.commit.is_none() {
+pub fn is_head(build: &Build, from: &AgentId, request: &HeadRequest, head: Option<&Head>) -> HeadAnswer {
+    if build.held_by(from, &request.lease).is_none() || build.commit.is_none() {
         return HeadAnswer::Revoked;
     }
     match head {
@@ -130,11 +131,11 @@ mod tests {
     use kiln_protocol::{BuildId, State};
 
     use super::super::lease::cancel;
-    use super::super::testing::{building, commit_request, digest, now, policy, spec, verdict};
+    use super::super::testing::{agent, building, commit_request, digest, now, policy, spec, verdict};
     use super::*;
 
     fn try_commit(build: &Build, request: &CommitRequest, heads: &BTreeMap<Target, Head>) -> CommitChange {
-        commit(build, &spec(), request, heads, now())
+        commit((build, &spec()), &agent(), request, heads, now())
     }
 
     fn head(submit_seq: i64) -> Head {
@@ -221,10 +222,10 @@ mod tests {
         let target = spec().targets().next().unwrap().clone();
         let ask = HeadRequest { lease: request.lease, target };
         let mine = Head { submit_seq: build.submit_seq, build: build.id };
-        assert_eq!(is_head(&committed, &ask, Some(&mine)), HeadAnswer::Head);
-        assert_eq!(is_head(&committed, &ask, Some(&head(99))), HeadAnswer::Overtaken);
+        assert_eq!(is_head(&committed, &agent(), &ask, Some(&mine)), HeadAnswer::Head);
+        assert_eq!(is_head(&committed, &agent(), &ask, Some(&head(99))), HeadAnswer::Overtaken);
         assert_eq!(
-            is_head(&build, &ask, Some(&mine)),
+            is_head(&build, &agent(), &ask, Some(&mine)),
             HeadAnswer::Revoked,
             "nothing moves before the commit"
         );

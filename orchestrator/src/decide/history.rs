@@ -70,7 +70,7 @@ fn why(before: &Build, after: &Build, lease: &Lease, failure: Option<&Failure>) 
 mod tests {
     use kiln_protocol::message::{AttemptEnd, Outcome, Report, Snapshot};
 
-    use super::super::testing::{building, committed, fail, key, now, spec, tries};
+    use super::super::testing::{agent, building, committed, fail, key, now, spec, tries};
     use super::super::{Taken, end_attempt, expire, renew, report};
     use super::*;
 
@@ -86,7 +86,7 @@ mod tests {
     #[test]
     fn a_lease_that_goes_on_is_not_remembered() {
         let before = building();
-        let (after, _) = renew(&before, &key(&before), now());
+        let (after, _) = renew(&before, &agent(), &key(&before), now());
         assert_eq!(ended(&before, &after.unwrap(), now()), None);
     }
 
@@ -100,7 +100,9 @@ mod tests {
         let outcomes = spec().targets().map(|t| (t.to_string(), Outcome::Moved)).collect();
         let snapshot = Snapshot { end: Some(AttemptEnd::Answered), outcomes, ..Snapshot::default() };
         let said = Report { lease: key(&before), seq: 1, snapshot };
-        let Taken::Applied(after) = report(&before, &spec(), &said, tries(), now()) else { panic!() };
+        let Taken::Applied(after) = report((&before, &spec()), &agent(), &said, tries(), now()) else {
+            panic!()
+        };
         assert_eq!(ended(&before, &after, now()).unwrap().reason, None);
     }
 }

@@ -71,9 +71,9 @@ pub fn claim(
 }
 
 /// Prolongs a lease, or says what became of it.
-pub fn renew(build: &Build, key: &LeaseKey, now: Micros) -> (Option<Build>, Renewed) {
+pub fn renew(build: &Build, from: &AgentId, key: &LeaseKey, now: Micros) -> (Option<Build>, Renewed) {
     let last_seq = build.last_seq;
-    if build.held_by(key).is_none() {
+    if build.held_by(from, key).is_none() {
         let finished = build.finished.as_ref() == Some(key);
         let standing = if finished { Standing::Finished } else { Standing::Revoked };
         // Whatever is in its spool, nobody wants it any more.
@@ -185,7 +185,7 @@ pub fn due_at(build: &Build, spec: &BuildSpec) -> Option<Micros> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{building, claimant, committed, key, now, pending, spec, tries};
+    use super::super::testing::{agent, building, claimant, committed, key, now, pending, spec, tries};
     use super::*;
 
     #[test]
@@ -214,18 +214,18 @@ mod tests {
     #[test]
     fn a_renewal_tells_the_three_standings_apart() {
         let build = building();
-        let (after, renewed) = renew(&build, &key(&build), now() + SECOND);
+        let (after, renewed) = renew(&build, &agent(), &key(&build), now() + SECOND);
         assert_eq!(renewed, Renewed { standing: Standing::Held, last_seq: 0 });
         assert_eq!(after.unwrap().lease.unwrap().until, now() + SECOND + TTL);
 
         let cancelled = cancel(&build, Reason::Cancelled, now()).unwrap();
-        let (_, renewed) = renew(&cancelled, &key(&build), now());
+        let (_, renewed) = renew(&cancelled, &agent(), &key(&build), now());
         assert_eq!(renewed.standing, Standing::Cancel(Reason::Cancelled));
 
         let lost = expire(&build, tries(), now() + TTL + 1).unwrap();
-        assert_eq!(renew(&lost, &key(&build), now()).1.standing, Standing::Revoked);
+        assert_eq!(renew(&lost, &agent(), &key(&build), now()).1.standing, Standing::Revoked);
         let ended = end_attempt(&build, plain(Reason::BuildFailed, String::new()), tries(), now()).unwrap();
-        assert_eq!(renew(&ended, &key(&build), now()).1.standing, Standing::Finished);
+        assert_eq!(renew(&ended, &agent(), &key(&build), now()).1.standing, Standing::Finished);
     }
 
     #[test]
@@ -233,7 +233,7 @@ mod tests {
         let build = building();
         assert_eq!(expire(&build, tries(), now() + TTL), None);
         let earlier = now() - 3600 * SECOND;
-        let (renewed, _) = renew(&build, &key(&build), earlier);
+        let (renewed, _) = renew(&build, &agent(), &key(&build), earlier);
         let renewed = renewed.unwrap();
         assert_eq!(expire(&renewed, tries(), earlier + TTL), None);
         assert!(expire(&renewed, tries(), earlier + TTL + 1).is_some(), "not an hour later");

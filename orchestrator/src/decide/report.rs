@@ -1,5 +1,6 @@
 //! Reports of agents: snapshots, of which the highest number says it all (pure).
 
+use kiln_protocol::id::AgentId;
 use kiln_protocol::message::{AttemptEnd, Outcome, Report};
 use kiln_protocol::state::Event;
 use kiln_protocol::{BuildSpec, Reason, State};
@@ -22,9 +23,15 @@ pub enum Taken {
     Stale,
 }
 
-/// Takes a report.
-pub fn report(build: &Build, spec: &BuildSpec, report: &Report, tries: Tries, now: Micros) -> Taken {
-    if build.held_by(&report.lease).is_none() {
+/// Takes a report of an agent.
+pub fn report(
+    (build, spec): (&Build, &BuildSpec),
+    from: &AgentId,
+    report: &Report,
+    tries: Tries,
+    now: Micros,
+) -> Taken {
+    if build.held_by(from, &report.lease).is_none() {
         return Taken::Stale;
     }
     if report.seq <= build.last_seq {
@@ -110,7 +117,7 @@ mod tests {
     use kiln_protocol::message::Snapshot;
     use proptest::prelude::*;
 
-    use super::super::testing::{building, committed, digest, fail, key, now, spec, tries};
+    use super::super::testing::{agent, building, committed, digest, fail, key, now, spec, tries};
     use super::*;
 
     fn says(build: &Build, seq: u64, snapshot: Snapshot) -> Report {
@@ -118,7 +125,7 @@ mod tests {
     }
 
     fn take(build: &Build, seq: u64, snapshot: Snapshot) -> Taken {
-        report(build, &spec(), &says(build, seq, snapshot), tries(), now())
+        report((build, &spec()), &agent(), &says(build, seq, snapshot), tries(), now())
     }
 
     fn applied(taken: Taken) -> Build {
@@ -141,7 +148,8 @@ mod tests {
         assert_eq!(take(&uploaded, 1, Snapshot::default()), Taken::Old);
         let failed = applied(take(&uploaded, 3, ended(Reason::BuildFailed)));
         assert_eq!((failed.state, failed.finished), (State::Failed, Some(key(&build))));
-        let late = report(&failed, &spec(), &says(&build, 4, Snapshot::default()), tries(), now());
+        let late =
+            report((&failed, &spec()), &agent(), &says(&build, 4, Snapshot::default()), tries(), now());
         assert_eq!(late, Taken::Stale, "a final state never changes");
     }
 
@@ -207,7 +215,7 @@ mod tests {
                 .map(|(snapshot, seq)| says(&build, seq, snapshot))
                 .collect();
             let feed = |sequence: &mut dyn Iterator<Item = &Report>| {
-                sequence.fold(build.clone(), |build, r| match report(&build, &spec(), r, tries(), now()) {
+                sequence.fold(build.clone(), |build, r| match report((&build, &spec()), &agent(), r, tries(), now()) {
                     Taken::Applied(after) => *after,
                     Taken::Old | Taken::Stale => build,
                 })

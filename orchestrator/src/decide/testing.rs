@@ -99,7 +99,7 @@ pub(crate) fn commit_request(build: &Build) -> CommitRequest {
 pub(crate) fn committed() -> Build {
     let build = building();
     let request = commit_request(&build);
-    commit(&build, &spec(), &request, &std::collections::BTreeMap::new(), now()).build.unwrap()
+    commit((&build, &spec()), &agent(), &request, &std::collections::BTreeMap::new(), now()).build.unwrap()
 }
 
 fn policy_key() -> PolicyKey {

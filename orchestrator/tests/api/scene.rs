@@ -12,7 +12,7 @@ use kiln_orchestrator::logs::LogSource;
 use kiln_orchestrator::schedule::Limits;
 use kiln_orchestrator::store::{Clock, Retention, Store};
 use kiln_protocol::api::{Accepted, Problem};
-use kiln_protocol::id::{AgentId, BootId, ClaimId};
+use kiln_protocol::id::{AgentId, BootId, ClaimId, Pool};
 use kiln_protocol::message::{
     AttemptEnd, BuildGrant, ClaimAnswer, ClaimRequest, CommitAnswer, CommitRequest, Committed, Lane, Report,
     Snapshot,
@@ -51,12 +51,21 @@ impl Scene {
 
     /// A server on what another one left.
     pub(crate) async fn within(folder: tempfile::TempDir) -> Self {
+        Self::serving(folder, None).await
+    }
+
+    /// A server with this pool only.
+    pub(crate) async fn of_pool(pool: &str) -> Self {
+        Self::serving(tempfile::tempdir().unwrap(), Some(pool.parse().unwrap())).await
+    }
+
+    async fn serving(folder: tempfile::TempDir, only_pool: Option<Pool>) -> Self {
         let store = Store::open(&folder.path().join("kiln.db"), Clock::System).await.unwrap();
         let settings = Settings {
             limits: Limits { per_namespace: 8 },
             policies: Vec::new(),
             retention: Retention::default(),
-            only_pool: None,
+            only_pool,
         };
         let orchestrator = Arc::new(Orchestrator::new(store, settings, Entropy::System));
         let logs = folder.path().to_owned();
@@ -195,7 +204,7 @@ impl Scene {
             manifest: "{}".to_owned(),
         };
         let request = CommitRequest { lease: grant.lease, committed, verdicts: Vec::new() };
-        let answer = self.orchestrator.commit(&request).await.unwrap();
+        let answer = self.orchestrator.commit(&agent(), &request).await.unwrap();
         assert!(matches!(answer, CommitAnswer::Granted { .. }), "{answer:?}");
     }
 

@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 
 use kiln_orchestrator::build::Micros;
 use kiln_orchestrator::core::Settings;
-use kiln_orchestrator::decide::SECOND;
+use kiln_orchestrator::decide::{SECOND, Taken};
 use kiln_orchestrator::schedule::{Limits, Wait};
 use kiln_protocol::id::ClaimId;
 use kiln_protocol::message::{
-    ClaimAnswer, CommitAnswer, CommitRefusal, CommitRequest, Hook, Lane, PolicyVerdict, Standing,
+    ClaimAnswer, CommitAnswer, CommitRefusal, CommitRequest, HeadAnswer, Hook, Lane, PolicyVerdict, Standing,
 };
 use kiln_protocol::{BuildId, BuildSpec, Reason, State};
 
@@ -29,6 +29,25 @@ async fn a_lost_answer_comes_again() {
     assert_ne!(agent.claim().await.unwrap().lease, lease_of(&first));
     let thief = world.agent("b").claim_as(Lane::Build, claim).await;
     assert_eq!(thief, ClaimAnswer::Nothing, "the lease of somebody else is nobody's business");
+}
+
+#[tokio::test]
+async fn a_key_is_worth_nothing_in_the_hands_of_another_agent() {
+    let mut world = World::new().await;
+    let (holder, thief) = (world.agent("a"), world.agent("b"));
+    let id = world.submit(&[TAG]).await;
+    let lease = holder.take(id).await;
+    let until = world.show(id).await.lease.unwrap().until;
+    world.pass(5);
+    assert_eq!(thief.renew(&[lease]).await[0].standing, Standing::Revoked);
+    assert_eq!(world.show(id).await.lease.unwrap().until, until, "nobody prolonged it");
+    let refused = CommitAnswer::Refused { reason: CommitRefusal::Revoked };
+    assert_eq!(thief.commit(lease, 9).await, refused);
+    assert_eq!(thief.report(lease, 1, failed(Reason::BuildFailed)).await, Taken::Stale);
+    holder.commit(lease, 1).await;
+    assert_eq!(thief.head(lease, TAG).await, HeadAnswer::Revoked);
+    assert_eq!(holder.head(lease, TAG).await, HeadAnswer::Head);
+    assert_eq!(holder.renew(&[lease]).await[0].standing, Standing::Held);
 }
 
 fn lease_of(answer: &ClaimAnswer) -> kiln_protocol::message::LeaseKey {
@@ -211,7 +230,7 @@ async fn an_agent_without_a_required_policy_gets_no_such_build() {
         outcome: "allow".to_owned(),
     };
     let request = CommitRequest { lease: grant.lease, committed: image_of(1), verdicts: vec![verdict] };
-    let granted = world.orchestrator.commit(&request).await.unwrap();
+    let granted = world.orchestrator.commit(&with.id, &request).await.unwrap();
     assert!(matches!(granted, CommitAnswer::Granted { .. }));
 }
 

@@ -220,11 +220,14 @@ impl FakeAgent {
 
     pub(crate) async fn commit(&self, lease: LeaseKey, image: u8) -> CommitAnswer {
         let request = CommitRequest { lease, committed: image_of(image), verdicts: Vec::new() };
-        self.orchestrator.commit(&request).await.unwrap()
+        self.orchestrator.commit(&self.id, &request).await.unwrap()
     }
 
     pub(crate) async fn head(&self, lease: LeaseKey, target: &str) -> HeadAnswer {
-        self.orchestrator.head(&HeadRequest { lease, target: target.parse().unwrap() }).await.unwrap()
+        self.orchestrator
+            .head(&self.id, &HeadRequest { lease, target: target.parse().unwrap() })
+            .await
+            .unwrap()
     }
 
     pub(crate) async fn saw(&self, check: &TagCheck, found: Option<Digest>) -> TagAnswer {
