@@ -137,7 +137,8 @@ impl Orchestrator {
         Ok(after.state)
     }
 
-    /// Tries a dead letter again. With `take_head` it counts as the newest build of its targets.
+    /// Tries a dead letter again. With `take_head` it counts as the newest build of its targets; of a committed one,
+    /// of those that were not answered yet.
     pub async fn replay(&self, id: BuildId, take_head: bool, actor: &str) -> Result<State, ControlError> {
         let mut tx = self.store.write().await?;
         let found = tx.load(id).await?.ok_or(ControlError::Missing(id))?;
@@ -147,6 +148,12 @@ impl Orchestrator {
         let after = decide::replay(&found.build, &found.spec, head, newest, tx.now());
         let after = after.map_err(|source| ControlError::Replay { id, source })?;
         let after = self.save(&mut tx, &found, after).await?;
+        if take_head {
+            // What is not committed takes them at its commit.
+            for target in after.open_targets(&found.spec) {
+                self.take_head(&mut tx, &after, &target, head(&target)).await?;
+            }
+        }
         tx.audit(actor, "replay", Some(id), if take_head { "take-head" } else { "" }).await?;
         tx.commit().await?;
         crash::reach(CrashPoint::ReplayRecorded);

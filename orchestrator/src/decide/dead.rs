@@ -40,7 +40,7 @@ pub fn give_up_publishing(build: &Build, now: Micros) -> Option<Build> {
     Some(after)
 }
 
-/// Tries a dead letter again. `newest` is a fresh place in the order of submission, if the person wants the
+/// Tries a dead letter again. What is committed is not built again: its open tags move, where it is the newest. `newest` is a fresh place in the order of submission, if the person wants the
 /// build to count as the newest of its targets.
 pub fn replay<'a>(
     build: &Build,
@@ -51,10 +51,8 @@ pub fn replay<'a>(
 ) -> Result<Build, ReplayRefused> {
     let mut after = build.clone();
     after.enter(Event::Replayed, now)?;
+    after.submit_seq = newest.unwrap_or(build.submit_seq);
     // What is committed asks before every tag anyway.
-    if let (None, Some(seq)) = (&build.commit, newest) {
-        after.submit_seq = seq;
-    }
     let newer = |t: &&Target| head(t).is_some_and(|head| head.submit_seq > after.submit_seq);
     if let (None, Some(target)) = (&build.commit, spec.targets().find(newer)) {
         return Err(ReplayRefused::NewerHead(target.clone()));

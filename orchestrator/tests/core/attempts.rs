@@ -2,7 +2,7 @@
 
 use kiln_orchestrator::control::ControlError;
 use kiln_orchestrator::decide::ReplayRefused;
-use kiln_protocol::message::{CommitAnswer, HeadAnswer, Lane};
+use kiln_protocol::message::{CommitAnswer, HeadAnswer, Lane, Outcome, Snapshot};
 use kiln_protocol::{Reason, State};
 
 use super::harness::{FakeAgent, Registry, World, digest, failed};
@@ -71,6 +71,43 @@ async fn a_replay_under_a_newer_head_is_refused_unless_it_becomes_the_newest() {
     agent.publish(lease, 3, &mut registry).await;
     assert_eq!(registry.shows(TAG), Some(&digest(3)));
     assert_eq!(world.state(old).await, State::Success);
+}
+
+#[tokio::test]
+async fn a_committed_dead_letter_takes_its_open_tags_from_a_newer_build_if_that_is_asked_for() {
+    const OPEN: &str = "r.example/app:2";
+    for take_head in [false, true] {
+        let mut world = World::new().await;
+        let agent = world.agent("a");
+        let mut registry = Registry::default();
+        let older = world.submit(&[TAG, OPEN]).await;
+        let newer = world.submit(&[TAG, OPEN]).await;
+        let lease = agent.take(older).await;
+        agent.commit(lease, 1).await;
+        let moved = [(TAG.to_owned(), Outcome::Moved)].into();
+        agent.report(lease, 1, Snapshot { outcomes: moved, ..Snapshot::default() }).await;
+        let lease = agent.take(newer).await;
+        agent.publish(lease, 2, &mut registry).await;
+        world.pass(40);
+        world.sweep().await;
+        world.sleep(24 * 3600);
+        world.sweep().await;
+        assert_eq!(world.state(older).await, State::DeadLetter);
+
+        let state = world.orchestrator.replay(older, take_head, "somebody").await.unwrap();
+        assert_eq!(state, State::Pushing, "nothing is built again");
+        let grant = agent.claim_publish().await.unwrap();
+        agent.roll_forward(grant.lease, &digest(1), &grant.open, &mut registry).await;
+        assert_eq!(world.state(older).await, State::Success);
+        assert_eq!(registry.shows(OPEN), Some(&digest(if take_head { 1 } else { 2 })));
+        assert_eq!(registry.shows(TAG), Some(&digest(2)), "an answer is never taken back");
+        if take_head {
+            let latest = world.submit(&[OPEN]).await;
+            let lease = agent.take(latest).await;
+            agent.publish(lease, 3, &mut registry).await;
+            assert_eq!(registry.shows(OPEN), Some(&digest(3)), "but a newer build is newer");
+        }
+    }
 }
 
 #[tokio::test]
