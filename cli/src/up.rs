@@ -16,6 +16,7 @@ use kiln_orchestrator::api::{self, Api, Listener, Token};
 use kiln_orchestrator::config::OrchestratorConfig;
 use kiln_orchestrator::core::Orchestrator;
 use kiln_orchestrator::logs::LogSource;
+use kiln_orchestrator::run;
 use kiln_protocol::id::{AgentId, BootId, Pool};
 use kiln_transport::Blobs;
 use tokio::task::JoinSet;
@@ -62,6 +63,7 @@ async fn up(args: &UpArgs, agent: Agent, rules: &OrchestratorConfig) -> Result<u
     let supplies = Arc::new(Server::new(Arc::clone(agent), api.contexts.clone()));
     let pair = Pair::start(Arc::clone(&orchestrator), station, equipped, supplies).await?;
     let mut housekeeper = JoinSet::new();
+    housekeeper.spawn(run::tidy_contexts(Arc::clone(&orchestrator), api.contexts.clone()));
     housekeeper.spawn(keep_below_marks(Arc::clone(&kept)));
     for listener in &listeners {
         terminal::say(&listener.announcement());

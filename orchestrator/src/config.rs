@@ -38,8 +38,12 @@ impl OrchestratorConfig {
 }
 
 fn check_retention(retention: &Retention) -> Result<(), InvalidSetting> {
-    if retention.keep < MIN_KEEP {
-        return Err(InvalidSetting::new("keep", format!("{:?} is too short; at least 1h", retention.keep)));
+    for (key, is) in
+        [("keep", retention.keep), ("dead_letters", retention.dead_letters), ("contexts", retention.contexts)]
+    {
+        if is < MIN_KEEP {
+            return Err(InvalidSetting::new(key, format!("{is:?} is too short; at least 1h")));
+        }
     }
     let least = [
         ("builds", retention.builds),
@@ -67,6 +71,10 @@ mod tests {
         assert_eq!(key_refused(&none), "orchestrator.per_namespace");
         let short = Retention { keep: Duration::from_mins(59), ..default };
         assert_eq!(key_refused(&retention(short)), "orchestrator.retention.keep");
+        let short = Retention { dead_letters: Duration::from_mins(59), ..default };
+        assert_eq!(key_refused(&retention(short)), "orchestrator.retention.dead_letters");
+        let short = Retention { contexts: Duration::ZERO, ..default };
+        assert_eq!(key_refused(&retention(short)), "orchestrator.retention.contexts");
         let few = Retention { outbox: 0, ..default };
         assert_eq!(key_refused(&retention(few)), "orchestrator.retention.outbox");
     }

@@ -90,6 +90,11 @@ impl Orchestrator {
         self.entropy.lease_token()
     }
 
+    /// The only pool that is configured; none if agents may register any.
+    pub(crate) const fn only_pool(&self) -> Option<&Pool> {
+        self.settings.only_pool.as_ref()
+    }
+
     /// Whether this process schedules for that pool.
     pub(crate) fn serves(&self, pool: &Pool) -> bool {
         self.settings.only_pool.as_ref().is_none_or(|only| only == pool)

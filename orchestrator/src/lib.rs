@@ -7,6 +7,7 @@ pub mod amnesty;
 pub mod api;
 pub mod build;
 pub mod config;
+pub mod contexts;
 pub mod control;
 pub mod core;
 pub mod decide;

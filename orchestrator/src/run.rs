@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use kiln_protocol::id::Pool;
 use kiln_protocol::topology as names;
-use kiln_transport::{Bus, BusError};
+use kiln_transport::{Blobs, Bus, BusError};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -90,7 +90,16 @@ async fn prune(orchestrator: Arc<Orchestrator>) {
     }
 }
 
-fn log_error<T>(what: &str, result: Result<T, crate::core::CoreError>) -> Option<T> {
+/// Deletes uploaded contexts that nothing needs, for ever.
+pub async fn tidy_contexts(orchestrator: Arc<Orchestrator>, contexts: Blobs) {
+    loop {
+        let now = jiff::Timestamp::now().into();
+        log_error("delete old contexts", orchestrator.prune_contexts(&contexts, now).await);
+        tokio::time::sleep(sweep::PRUNE_EVERY).await;
+    }
+}
+
+fn log_error<T, E: std::error::Error + 'static>(what: &str, result: Result<T, E>) -> Option<T> {
     match result {
         Ok(value) => Some(value),
         Err(error) => {

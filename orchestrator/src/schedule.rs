@@ -113,7 +113,7 @@ impl fmt::Display for Wait {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotDue { seconds } => write!(f, "it is tried again in {seconds} s"),
-            Self::NoAgent { pool } => write!(f, "no agent of pool {pool} is alive"),
+            Self::NoAgent { pool } => write!(f, "no agent serves the pool {pool} now"),
             Self::NoPolicies => f.write_str("no agent of its pool has loaded the policies that it needs"),
             Self::Group { group } => write!(f, "another build of group {group} goes first"),
             Self::NamespaceLimit { limit } => {

@@ -1,7 +1,9 @@
 //! Submission (shell).
 
 use kiln_protocol::spec::InvalidSpec;
-use kiln_protocol::{BuildId, BuildSpec, State};
+use kiln_protocol::{BuildId, BuildSpec, Digest, State};
+use kiln_transport::Blobs;
+use kiln_transport::blobs::BlobError;
 use kiln_transport::crash::{self, CrashPoint};
 use sha2::Digest as _;
 
@@ -55,6 +57,12 @@ pub enum SubmitError {
     /// There is no such build.
     #[error("there is no build {0}")]
     Missing(BuildId),
+    /// The context was not uploaded, or was deleted since.
+    #[error("there is no context {0}; upload it first, then submit again")]
+    ContextMissing(Digest),
+    /// The uploaded contexts.
+    #[error(transparent)]
+    Contexts(#[from] BlobError),
     /// The record.
     #[error(transparent)]
     Core(#[from] CoreError),
@@ -67,8 +75,25 @@ impl From<crate::store::StoreError> for SubmitError {
 }
 
 impl Orchestrator {
-    /// Records a build. It is accepted when this returns, and not before.
+    /// Records a build whose client holds its context. It is accepted when this returns, and not before.
     pub async fn submit(&self, submission: Submission) -> Result<Submitted, SubmitError> {
+        self.record(submission, None).await
+    }
+
+    /// Records a build whose context was uploaded: from then on it is kept for the build.
+    pub async fn submit_uploaded(
+        &self,
+        submission: Submission,
+        contexts: &Blobs,
+    ) -> Result<Submitted, SubmitError> {
+        self.record(submission, Some(contexts)).await
+    }
+
+    async fn record(
+        &self,
+        submission: Submission,
+        contexts: Option<&Blobs>,
+    ) -> Result<Submitted, SubmitError> {
         let Submission { spec, key, retry_of } = submission;
         spec.validate()?;
         if let Some(length) = key.as_ref().map(String::len).filter(|&length| length > MAX_KEY_BYTES) {
@@ -86,6 +111,15 @@ impl Orchestrator {
         let (id, seq) = (self.entropy.build_id(), tx.next_submit_seq().await?);
         let build = Build::submitted(id, seq, &spec, retry_of, tx.now());
         tx.insert(&build, &spec, key.as_deref(), &hash).await?;
+        if contexts.is_some() {
+            tx.lock(Lock::Context(&spec.context.digest)).await?;
+        }
+        // Within the transaction: whoever deletes contexts looks for builds in one of its own.
+        if let Some(contexts) = contexts
+            && contexts.size(&spec.context.digest).await?.is_none()
+        {
+            return Err(SubmitError::ContextMissing(spec.context.digest));
+        }
         let event = build.public(&spec, tx.now());
         self.publish_event(&mut tx, &event).await?;
         tx.audit(&spec.requester, "submit", Some(id), "").await?;
@@ -94,17 +128,22 @@ impl Orchestrator {
         Ok(Submitted { id, repeated: false })
     }
 
-    /// Submits a build that is over once more.
-    pub async fn retry(&self, of: BuildId, key: Option<String>) -> Result<Submitted, SubmitError> {
+    /// Submits a build that is over once more; its context is among the uploaded ones, if they are given.
+    pub async fn retry(
+        &self,
+        of: BuildId,
+        key: Option<String>,
+        contexts: Option<&Blobs>,
+    ) -> Result<Submitted, SubmitError> {
         let found = self.store.read().await?.load(of).await?.ok_or(SubmitError::Missing(of))?;
         if !found.build.state.is_final() {
             return Err(SubmitError::NotOver { id: of, state: found.build.state });
         }
-        self.submit(Submission { spec: found.spec, key, retry_of: Some(of) }).await
+        self.record(Submission { spec: found.spec, key, retry_of: Some(of) }, contexts).await
     }
 }
 
 fn request_hash(spec: &BuildSpec, retry_of: Option<BuildId>) -> Result<String, InvalidSpec> {
     let encoded = serde_json::to_vec(&(spec, retry_of)).map_err(|e| InvalidSpec::Encoding(e.to_string()))?;
-    Ok(kiln_protocol::Digest::from_sha256(sha2::Sha256::digest(encoded).into()).to_string())
+    Ok(Digest::from_sha256(sha2::Sha256::digest(encoded).into()).to_string())
 }

@@ -82,6 +82,8 @@ codes! {
     NotJson = "not_json", 415;
     /// The bytes are not those of the digest.
     DigestMismatch = "digest_mismatch", 422;
+    /// No agent of this server can ever serve the pool.
+    PoolUnknown = "pool_unknown", 422;
     /// The build description breaks a rule.
     InvalidSpec = "invalid_spec", 422;
     /// The idempotency key belongs to another request.

@@ -15,8 +15,8 @@ use serde::Deserialize;
 use super::guard::Actor;
 use super::problem::Refusal;
 use super::request::{Asked, Json, Named, text};
-use super::{Served, view};
-use crate::submit::{Submission, Submitted};
+use super::{Served, contexts, view};
+use crate::submit::{Submission, SubmitError, Submitted};
 
 /// Which builds a list shows.
 #[derive(Debug, Deserialize)]
@@ -70,10 +70,24 @@ pub(super) async fn submit(
     Json(spec): Json<BuildSpec>,
 ) -> Result<Response, Refusal> {
     let key = text(&headers, IDEMPOTENCY_HEADER)?.map(str::to_owned);
+    has_pool(&served, &spec)?;
     serves_itself(&spec)?;
     has_context(&served, &spec).await?;
-    let submitted = served.orchestrator.submit(Submission { spec, key, retry_of: None }).await?;
+    let submission = Submission { spec, key, retry_of: None };
+    let submitted = served.orchestrator.submit_uploaded(submission, &served.contexts).await?;
     Ok(accepted(submitted))
+}
+
+/// An agent may come later to a pool that is configured; to another one never.
+fn has_pool(served: &Served, spec: &BuildSpec) -> Result<(), Refusal> {
+    match served.orchestrator.only_pool() {
+        Some(only) if *only != spec.pool => {
+            let why =
+                format!("pool is {}; this server has only the pool {only}: submit with that one", spec.pool);
+            Err(Refusal::new(Code::PoolUnknown, why))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The client of a server leaves: nothing may need it later.
@@ -95,11 +109,10 @@ fn serves_itself(spec: &BuildSpec) -> Result<(), Refusal> {
 
 async fn has_context(served: &Served, spec: &BuildSpec) -> Result<(), Refusal> {
     let (digest, announced) = (&spec.context.digest, spec.context.size);
+    // Whoever looks is about to use it.
+    contexts::touch(served, digest).await?;
     match served.contexts.size(digest).await? {
-        None => {
-            let why = format!("there is no context {digest}; upload it first, then submit again");
-            Err(Refusal::new(Code::ContextMissing, why))
-        }
+        None => Err(SubmitError::ContextMissing(digest.clone()).into()),
         Some(size) if size != announced => {
             let why = format!("the context {digest} has {size} bytes, not {announced} as the request says");
             Err(Refusal::new(Code::InvalidSpec, why))
@@ -129,8 +142,10 @@ pub(super) async fn retry(
     Named(id): Named<BuildId>,
 ) -> Result<Response, Refusal> {
     let key = text(&headers, IDEMPOTENCY_HEADER)?.map(str::to_owned);
-    has_context(&served, &served.orchestrator.show(id).await?.spec).await?;
-    Ok(accepted(served.orchestrator.retry(id, key).await?))
+    let spec = served.orchestrator.show(id).await?.spec;
+    has_pool(&served, &spec)?;
+    has_context(&served, &spec).await?;
+    Ok(accepted(served.orchestrator.retry(id, key, Some(&served.contexts)).await?))
 }
 
 /// How a dead letter is replayed.

@@ -25,10 +25,17 @@ pub(super) async fn exists(
     Context(served): Context<Served>,
     Named(digest): Named<Digest>,
 ) -> Result<Response, Refusal> {
+    touch(&served, &digest).await?;
     Ok(match served.contexts.size(&digest).await? {
         Some(size) => [(header::CONTENT_LENGTH, size)].into_response(),
         None => StatusCode::NOT_FOUND.into_response(),
     })
+}
+
+/// Keeps a context for whoever asks for it, until the build is there that needs it.
+pub(super) async fn touch(served: &Served, digest: &Digest) -> Result<(), Refusal> {
+    served.contexts.touch(digest, jiff::Timestamp::now().into()).await?;
+    Ok(())
 }
 
 /// Stores a context. Sending it again does no harm.

@@ -87,6 +87,8 @@ impl From<SubmitError> for Refusal {
             SubmitError::OtherRequest(_) => Code::KeyReused,
             SubmitError::NotOver { .. } => Code::NotOver,
             SubmitError::Missing(_) => Code::BuildMissing,
+            SubmitError::ContextMissing(_) => Code::ContextMissing,
+            SubmitError::Contexts(error) => return error.into(),
             SubmitError::Core(core) => return core.into(),
         };
         Self::new(code, chain(&error))

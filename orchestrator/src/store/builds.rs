@@ -42,8 +42,8 @@ pub enum Inserted {
 }
 
 const INSERT: &str = "INSERT INTO builds (id, submit_seq, namespace, pool, priority, concurrency_group, \
-    repositories, idempotency_key, request_hash, state, version, committed, not_before, due_at, spec, document) \
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)";
+    repositories, idempotency_key, request_hash, state, version, committed, not_before, due_at, context, spec, document) \
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)";
 const BY_KEY: &str = "SELECT id, request_hash FROM builds WHERE namespace = $1 AND idempotency_key = $2";
 const NEXT_SEQ: Statement = Statement {
     sqlite: "UPDATE counters SET value = value + 1 WHERE name = 'submit' RETURNING value",
@@ -134,6 +134,7 @@ impl Tx {
             .bind(build.commit.is_some())
             .bind(build.not_before)
             .bind(decide::due_at(build, spec))
+            .bind(spec.context.digest.as_str())
             .bind(to_json("spec", spec)?)
             .bind(to_json("document", build)?)
             .execute()

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use kiln_protocol::Target;
+use kiln_protocol::{Digest, Target};
 use kiln_protocol::id::{AgentId, Namespace};
 
 use super::database::Inner;
@@ -16,6 +16,8 @@ use super::{StoreError, Tx};
 pub enum Lock<'a> {
     /// A request under this idempotency key.
     Key(&'a Namespace, &'a str),
+    /// An uploaded context: whether a build needs it, and its end.
+    Context(&'a Digest),
     /// What an agent says of itself, and what it is given.
     Agent(&'a AgentId),
     /// The choice of who builds next: limits and groups reach over all pools.
@@ -30,6 +32,7 @@ impl fmt::Display for Lock<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Key(namespace, key) => write!(f, "key {namespace} {key}"),
+            Self::Context(digest) => write!(f, "context {digest}"),
             Self::Agent(agent) => write!(f, "agent {agent}"),
             Self::Claims => f.write_str("claims"),
             Self::Target(target) => write!(f, "target {target}"),

@@ -6,8 +6,14 @@
 use sqlx::SqlSafeStr as _;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
-const SQLITE: [(&str, &str); 1] = [("record", include_str!("../../migrations/sqlite/0001_record.sql"))];
-const POSTGRES: [(&str, &str); 1] = [("record", include_str!("../../migrations/postgres/0001_record.sql"))];
+const SQLITE: [(&str, &str); 2] = [
+    ("record", include_str!("../../migrations/sqlite/0001_record.sql")),
+    ("contexts", include_str!("../../migrations/sqlite/0002_contexts.sql")),
+];
+const POSTGRES: [(&str, &str); 2] = [
+    ("record", include_str!("../../migrations/postgres/0001_record.sql")),
+    ("contexts", include_str!("../../migrations/postgres/0002_contexts.sql")),
+];
 
 pub(super) fn sqlite() -> Migrator {
     migrator(SQLITE)

@@ -98,6 +98,27 @@ async fn pages_neither_repeat_nor_skip_while_builds_come() {
 }
 
 #[tokio::test]
+async fn a_pool_that_is_not_configured_is_refused_and_one_without_an_agent_waits() {
+    let scene = Scene::of_pool("default").await;
+    let wish = spec(scene.upload(b"files").await);
+    let other = BuildSpec { pool: "gpu".parse().unwrap(), ..wish.clone() };
+    let refused = problem(scene.submission(&other).send().await.unwrap()).await;
+    assert!(refused.is(Code::PoolUnknown), "{refused:?}");
+    assert_eq!(refused.status, 422);
+    for part in ["pool is gpu", "only the pool default", "submit with that one"] {
+        assert!(refused.detail.contains(part), "{refused:?}");
+    }
+    let id = scene.submit(&wish).await;
+    let queue = scene.json("/queue").await;
+    assert_eq!(queue["items"][0]["id"], id.to_string());
+    assert_eq!(queue["items"][0]["why"], "no agent serves the pool default now");
+
+    let open = Scene::new().await;
+    let context = open.upload(b"files").await;
+    open.submit(&BuildSpec { pool: "gpu".parse().unwrap(), ..spec(context) }).await;
+}
+
+#[tokio::test]
 async fn the_queue_says_why_a_build_waits() {
     let scene = Scene::new().await;
     let id = scene.build().await;

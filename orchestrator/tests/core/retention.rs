@@ -84,6 +84,30 @@ async fn what_is_over_is_forgotten_and_what_is_not_stays() {
 }
 
 #[tokio::test]
+async fn a_dead_letter_waits_longer_for_a_person_but_not_for_ever() {
+    let mut world = World::new().await;
+    let agent = world.agent("a");
+    let id = world.submit(&[TAG]).await;
+    let lease = agent.take(id).await;
+    agent.report(lease, 1, failed(Reason::HookFault)).await;
+    let retention = Retention::default();
+    let dead = async |world: &World| {
+        let mut tx = world.orchestrator.store().read().await.unwrap();
+        let counts = tx.counts().await.unwrap();
+        counts.iter().find(|(state, _)| *state == State::DeadLetter).map_or(0, |(_, count)| *count)
+    };
+    world.sleep(89 * DAY);
+    world.orchestrator.prune(&retention).await.unwrap();
+    assert!(exists(&world, id).await);
+    assert_eq!(dead(&world).await, 1);
+    world.sleep(2 * DAY);
+    world.orchestrator.prune(&retention).await.unwrap();
+    assert!(!exists(&world, id).await);
+    assert_eq!(dead(&world).await, 0, "and the metrics know");
+    assert_eq!(world.orchestrator.attempts(id).await.unwrap(), []);
+}
+
+#[tokio::test]
 async fn of_too_many_the_oldest_go() {
     let mut world = World::new().await;
     let mut ids = Vec::new();

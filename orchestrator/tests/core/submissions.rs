@@ -69,9 +69,9 @@ async fn a_change_is_told_if_and_only_if_it_is_recorded() {
 async fn only_what_is_over_can_be_submitted_again() {
     let world = World::new().await;
     let id = world.submit(&["r.example/app:1"]).await;
-    assert!(matches!(world.orchestrator.retry(id, None).await, Err(SubmitError::NotOver { .. })));
+    assert!(matches!(world.orchestrator.retry(id, None, None).await, Err(SubmitError::NotOver { .. })));
     world.orchestrator.cancel(id, kiln_protocol::Reason::Cancelled, "somebody").await.unwrap();
-    let again = world.orchestrator.retry(id, None).await.unwrap();
+    let again = world.orchestrator.retry(id, None, None).await.unwrap();
     let build = world.show(again.id).await;
     assert_eq!((build.retry_of, build.state), (Some(id), State::Pending));
     assert!(build.submit_seq > world.show(id).await.submit_seq);

@@ -6,6 +6,7 @@ mod attempts;
 mod bus;
 mod cancels;
 mod claims;
+mod contexts;
 pub(crate) mod harness;
 mod heads;
 mod properties;

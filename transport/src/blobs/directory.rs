@@ -74,6 +74,30 @@ impl Directory {
         Ok(found("delete", &path, tokio::fs::remove_file(&path).await)?.is_some())
     }
 
+    pub(super) async fn touch(&self, digest: &Digest, now: SystemTime) -> Result<bool, BlobError> {
+        let path = self.path(digest);
+        let touch = {
+            let path = path.clone();
+            move || fs::File::open(&path).and_then(|file| file.set_modified(now)).map(Some).or_else(absent)
+        };
+        Ok(blocking("touch", &path, touch).await?.is_some())
+    }
+
+    pub(super) async fn delete_older(&self, digest: &Digest, before: SystemTime) -> Result<bool, BlobError> {
+        let path = self.path(digest);
+        let delete = {
+            let path = path.clone();
+            move || {
+                if fs::metadata(&path)?.modified()? >= before {
+                    return Ok(false);
+                }
+                fs::remove_file(&path).map(|()| true)
+            }
+        };
+        let deleted = blocking("delete", &path, move || delete().map(Some).or_else(absent)).await?;
+        Ok(deleted.unwrap_or(false))
+    }
+
     pub(super) async fn list(&self) -> Result<Vec<BlobInfo>, BlobError> {
         let folder = self.folder.clone();
         let mut blobs = blocking("list", &self.folder, move || list(&folder)).await?;
@@ -95,6 +119,11 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, BlobError> {
     let done = tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error)));
     done.map_err(|source| BlobError::io(action, path, source))
+}
+
+/// `None` if the file is not there.
+fn absent<T>(error: io::Error) -> io::Result<Option<T>> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(None) } else { Err(error) }
 }
 
 /// `None` if the file is not there.

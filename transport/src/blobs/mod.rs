@@ -25,7 +25,7 @@ pub struct BlobInfo {
     pub digest: Digest,
     /// Its length in bytes.
     pub size: u64,
-    /// When it was put, the last time if it was put again.
+    /// When it was put or touched last.
     pub stored_at: SystemTime,
 }
 
@@ -103,6 +103,20 @@ impl Blobs {
     pub async fn size(&self, digest: &Digest) -> Result<Option<u64>, BlobError> {
         match self {
             Self::Directory(directory) => directory.size(digest).await,
+        }
+    }
+
+    /// Makes a blob as young as if it had been put at `now`; whether there is one.
+    pub async fn touch(&self, digest: &Digest, now: SystemTime) -> Result<bool, BlobError> {
+        match self {
+            Self::Directory(directory) => directory.touch(digest, now).await,
+        }
+    }
+
+    /// Deletes a blob that was neither put nor touched since `before`; whether it did.
+    pub async fn delete_older(&self, digest: &Digest, before: SystemTime) -> Result<bool, BlobError> {
+        match self {
+            Self::Directory(directory) => directory.delete_older(digest, before).await,
         }
     }
 
