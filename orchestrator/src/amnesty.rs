@@ -2,11 +2,12 @@
 //!
 //! After an outage of the database or the broker, or after a laptop slept, every lease looks expired though every
 //! agent lives. So leases expire only after the path was seen to work for a whole lease time, and only few
-//! agents at once.
+//! agents at once, however many processes look.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use kiln_protocol::id::AgentId;
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::build::Micros;
@@ -26,8 +27,12 @@ pub struct Amnesty {
     healthy_since: Option<Micros>,
     /// Agents that held leases, and when they were seen to.
     holders: BTreeMap<AgentId, Micros>,
-    silenced: BTreeMap<AgentId, Micros>,
 }
+
+/// Agents that were believed dead lately, and since when: one row that every process shares.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Brake(BTreeMap<AgentId, Micros>);
 
 impl Amnesty {
     /// A look at the database worked at this moment. Says whether leases may expire.
@@ -56,19 +61,20 @@ impl Amnesty {
     }
 
     /// Whether one more agent may be believed dead: at least one, at most a fifth of them per lease time.
-    pub fn spare(&mut self, agent: &AgentId, now: Micros) -> bool {
-        let recent = |_: &AgentId, at: &mut Micros| now.saturating_sub(*at) <= TTL;
-        self.silenced.retain(recent);
+    pub fn may_silence(&mut self, brake: &mut Brake, agent: &AgentId, now: Micros) -> bool {
+        // What lies ahead was written before the clock was set back.
+        let recent = |_: &AgentId, at: &mut Micros| now.saturating_sub(*at).abs() <= TTL;
+        brake.0.retain(recent);
         self.holders.retain(recent);
         self.holds(agent, now);
-        if self.silenced.contains_key(agent) {
+        if brake.0.contains_key(agent) {
             return true;
         }
-        let known: BTreeSet<&AgentId> = self.holders.keys().chain(self.silenced.keys()).collect();
-        if self.silenced.len() >= (known.len() / PART).max(1) {
+        let known: BTreeSet<&AgentId> = self.holders.keys().chain(brake.0.keys()).collect();
+        if brake.0.len() >= (known.len() / PART).max(1) {
             return false;
         }
-        self.silenced.insert(agent.clone(), now);
+        brake.0.insert(agent.clone(), now);
         true
     }
 }
@@ -113,15 +119,27 @@ mod tests {
 
     #[test]
     fn few_agents_are_believed_dead_at_once() {
-        let mut amnesty = Amnesty::default();
+        let (mut amnesty, mut brake) = (Amnesty::default(), Brake::default());
         let agents: Vec<AgentId> = (0..10).map(|i| format!("agent-{i}").parse().unwrap()).collect();
         for agent in &agents {
             amnesty.holds(agent, 0);
         }
-        let dead: Vec<bool> = agents.iter().map(|agent| amnesty.spare(agent, SECOND)).collect();
+        let dead: Vec<bool> =
+            agents.iter().map(|agent| amnesty.may_silence(&mut brake, agent, SECOND)).collect();
         assert_eq!(dead.iter().filter(|&&dead| dead).count(), 2);
-        assert!(amnesty.spare(&agents[0], SECOND), "its other builds too");
-        assert!(amnesty.spare(&agents[9], SECOND + TTL + 1), "and the next after a lease time");
-        assert!(Amnesty::default().spare(&agents[0], 0), "the only agent there is");
+        assert!(amnesty.may_silence(&mut brake, &agents[0], SECOND), "its other builds too");
+        assert!(
+            !Amnesty::default().may_silence(&mut brake, &agents[9], SECOND),
+            "another process brakes too"
+        );
+        let later = SECOND + TTL + 1;
+        assert!(
+            amnesty.may_silence(&mut brake.clone(), &agents[9], later),
+            "and the next after a lease time"
+        );
+        let earlier = SECOND - TTL - 1;
+        assert!(amnesty.may_silence(&mut brake, &agents[9], earlier), "also when the clock was set back");
+        let alone = &mut Brake::default();
+        assert!(Amnesty::default().may_silence(alone, &agents[0], 0), "the only agent there is");
     }
 }

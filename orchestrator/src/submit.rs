@@ -9,7 +9,7 @@ use sha2::Digest as _;
 
 use crate::build::Build;
 use crate::core::{CoreError, Orchestrator};
-use crate::store::Inserted;
+use crate::store::{Inserted, Lock};
 
 /// Longest idempotency key: a UUID with room for a prefix.
 const MAX_KEY_BYTES: usize = 128;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use kiln_protocol::id::AgentId;
 use kiln_protocol::{BuildId, State, topology as names};
 use kiln_transport::Bus;
 use kiln_transport::crash::{self, CrashPoint};
@@ -132,7 +133,7 @@ impl Orchestrator {
         let expired = decide::expire(&found.build, tries, now).filter(|_| may_expire);
         if let Some(after) = expired
             && let Some(lease) = &found.build.lease
-            && amnesty.spare(&lease.agent, now)
+            && silence(tx, amnesty, &lease.agent).await?
         {
             self.save(tx, found, after).await?;
             swept.expired += 1;
@@ -144,6 +145,17 @@ impl Orchestrator {
         }
         Ok(())
     }
+}
+
+/// Whether an agent may be believed dead, with the brake that every process shares.
+async fn silence(tx: &mut Tx, amnesty: &mut Amnesty, agent: &AgentId) -> Result<bool, CoreError> {
+    let before = tx.brake().await?;
+    let mut brake = before.clone();
+    let may = amnesty.may_silence(&mut brake, agent, tx.now());
+    if brake != before {
+        tx.save_brake(&brake).await?;
+    }
+    Ok(may)
 }
 
 fn otherwise(found: &Recorded, tries: Tries, now: Micros) -> Option<Build> {

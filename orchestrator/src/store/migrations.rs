@@ -6,13 +6,15 @@
 use sqlx::SqlSafeStr as _;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
-const SQLITE: [(&str, &str); 2] = [
+const SQLITE: [(&str, &str); 3] = [
     ("record", include_str!("../../migrations/sqlite/0001_record.sql")),
     ("contexts", include_str!("../../migrations/sqlite/0002_contexts.sql")),
+    ("brake", include_str!("../../migrations/sqlite/0003_brake.sql")),
 ];
-const POSTGRES: [(&str, &str); 2] = [
+const POSTGRES: [(&str, &str); 3] = [
     ("record", include_str!("../../migrations/postgres/0001_record.sql")),
     ("contexts", include_str!("../../migrations/postgres/0002_contexts.sql")),
+    ("brake", include_str!("../../migrations/postgres/0003_brake.sql")),
 ];
 
 pub(super) fn sqlite() -> Migrator {

@@ -6,6 +6,7 @@
 
 mod agents;
 mod attempts;
+mod brake;
 mod builds;
 mod clock;
 mod database;
@@ -206,6 +207,7 @@ pub fn statements() -> impl Iterator<Item = Statement> {
     let both = [
         agents::STATEMENTS,
         attempts::STATEMENTS,
+        brake::STATEMENTS,
         builds::STATEMENTS,
         heads::STATEMENTS,
         outbox::STATEMENTS,

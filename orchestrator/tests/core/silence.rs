@@ -1,9 +1,14 @@
 //! What becomes due by itself: silent agents, builds that wait or run too long.
 
+use std::time::Duration;
+
+use kiln_orchestrator::amnesty::Amnesty;
 use kiln_protocol::message::Standing;
 use kiln_protocol::{BuildSpec, Reason, State};
 
-use super::harness::{World, spec};
+use tokio::time::Instant;
+
+use super::harness::{World, settings, spec};
 
 const TAG: &str = "r.example/app:1";
 
@@ -67,6 +72,32 @@ async fn a_fifth_of_the_agents_may_be_believed_dead_at_once() {
         sweeps += 1;
         assert!(sweeps < 10);
     }
+}
+
+#[tokio::test]
+async fn processes_on_one_record_brake_together() {
+    let mut world = World::new().await;
+    let other = world.second(settings()).await;
+    let (mut amnesty, mut at) = (Amnesty::default(), Instant::now());
+    for i in 0..10 {
+        let agent = world.agent(&format!("agent-{i}"));
+        let id = world.submit(&[&format!("r.example/app:{i}")]).await;
+        agent.take(id).await;
+    }
+    for _ in 0..16 {
+        world.pass(2);
+        at += Duration::from_secs(2);
+        amnesty.tick(world.now(), at);
+    }
+    assert_eq!(world.sweep().await.expired, 2);
+    assert_eq!(other.sweep(&mut amnesty, at).await.unwrap().expired, 0, "the other one did that already");
+    for _ in 0..16 {
+        world.pass(2);
+        at += Duration::from_secs(2);
+        amnesty.tick(world.now(), at);
+    }
+    assert!((1..=2).contains(&other.sweep(&mut amnesty, at).await.unwrap().expired));
+    assert_eq!(world.sweep().await.expired, 0);
 }
 
 #[tokio::test]
