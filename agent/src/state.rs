@@ -25,8 +25,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kiln_protocol::BuildId;
 use kiln_protocol::id::Attempt;
+use kiln_protocol::{BuildId, Reason};
 
 use crate::blobs::BlobStore;
 
@@ -86,6 +86,19 @@ pub enum StateError {
 }
 
 impl StateError {
+    /// What it means for a build.
+    pub fn reason(&self) -> Reason {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        match self {
+            Self::NoSpace { .. } => Reason::DiskFull,
+            Self::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded) => {
+                Reason::DiskFull
+            }
+            Self::Blobs(_) => Reason::StoreCorrupt,
+            Self::Io { .. } | Self::NotOurs { .. } | Self::Locked { .. } => Reason::NodeUnfit,
+        }
+    }
+
     pub(crate) fn io(doing: &'static str, path: &Path, source: std::io::Error) -> Self {
         Self::Io { doing, path: path.to_owned(), source }
     }
@@ -300,6 +313,17 @@ pub(crate) fn set_mode(path: &Path, mode: u32) -> Result<(), StateError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_is_full_is_called_full() {
+        let io = |kind: std::io::ErrorKind| StateError::io("create", Path::new("/x"), kind.into()).reason();
+        assert_eq!(io(std::io::ErrorKind::StorageFull), Reason::DiskFull);
+        assert_eq!(io(std::io::ErrorKind::QuotaExceeded), Reason::DiskFull);
+        assert_eq!(io(std::io::ErrorKind::PermissionDenied), Reason::NodeUnfit);
+        let space = StateError::NoSpace { path: "/x".into(), free: 1, wanted: 2 };
+        assert_eq!(space.reason(), Reason::DiskFull);
+        assert_eq!(StateError::Locked { path: "/x".into(), seconds: 1 }.reason(), Reason::NodeUnfit);
+    }
 
     #[test]
     fn a_running_job_is_not_abandoned_and_a_dropped_one_is_gone() {

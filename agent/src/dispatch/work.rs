@@ -102,7 +102,7 @@ impl Work {
         let state = &self.ctx.agent.state;
         let job = state.require_free(self.ctx.agent.config.data.min_free);
         let job = job.and_then(|()| state.create_job(&self.grant.lease.build.to_string()));
-        let job = job.map_err(|e| self.fail(Reason::DiskFull, chain(&e)))?;
+        let job = job.map_err(|e| self.fail(e.reason(), chain(&e)))?;
         crash::reach(CrashPoint::JobMade);
         let places = self.probe().await?;
         crash::reach(CrashPoint::Probed);
@@ -184,9 +184,9 @@ impl Work {
             biased;
             finished = &mut running => finished,
             // It ends with the events, and these with the build.
-            () = &mut forwarding => return running.await.map_err(|e| self.fail(Reason::StoreCorrupt, chain(&e))),
+            () = &mut forwarding => return running.await.map_err(|e| self.fail(e.reason(), chain(&e))),
         };
-        let finished = finished.map_err(|e| self.fail(Reason::StoreCorrupt, chain(&e)))?;
+        let finished = finished.map_err(|e| self.fail(e.reason(), chain(&e)))?;
         if was_stopped(&finished) {
             // Whoever does not read by then does not want to.
             let _ = tokio::time::timeout(SHOW_AFTER_STOP, forwarding).await;
