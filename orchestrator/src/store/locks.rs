@@ -5,8 +5,8 @@
 
 use std::fmt;
 
-use kiln_protocol::{Digest, Target};
 use kiln_protocol::id::{AgentId, Namespace};
+use kiln_protocol::{Digest, Target};
 
 use super::database::Inner;
 use super::{StoreError, Tx};

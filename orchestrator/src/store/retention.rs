@@ -107,7 +107,8 @@ const AGENTS: &str = "DELETE FROM agents WHERE id IN (SELECT id FROM agents WHER
 const BOOTS: &str =
     "DELETE FROM retired_boots WHERE boot IN (SELECT boot FROM retired_boots WHERE at < $1 LIMIT $2)";
 pub(super) const STATEMENTS: &[&str] = &[
-    NTH_END, OLD_BUILDS, OLD_DEAD, PINNED, BUILD, EVENTS, ATTEMPTS, HISTORY, AUDIT, BAD, OUTBOX, AGENTS, BOOTS,
+    NTH_END, OLD_BUILDS, OLD_DEAD, PINNED, BUILD, EVENTS, ATTEMPTS, HISTORY, AUDIT, BAD, OUTBOX, AGENTS,
+    BOOTS,
 ];
 pub(super) const EACH: &[Statement] = &[HEADS];
 

@@ -292,7 +292,8 @@ async fn a_change_at_one_replica_wakes_the_others() {
 async fn locks_are_waited_for_and_held_for_less_than_a_lease() {
     let world = World::new().await;
     let id = world.submit(&[TAG]).await;
-    let lease = world.agent("a").take(id).await;
+    let agent = world.agent("a");
+    let lease = agent.take(id).await;
     let mut stopped = world.second(settings()).await.store().write().await.unwrap();
     stopped.load(id).await.unwrap();
     let begun = Instant::now();
@@ -306,7 +307,7 @@ async fn locks_are_waited_for_and_held_for_less_than_a_lease() {
             committed: super::suite::harness::image_of(1),
             verdicts: Vec::new(),
         };
-        match world.orchestrator.commit(&request).await {
+        match world.orchestrator.commit(&agent.id, &request).await {
             Ok(answer) => break assert!(matches!(answer, CommitAnswer::Granted { .. })),
             Err(_) => assert!(begun.elapsed() < Duration::from_micros(TTL.unsigned_abs()), "still locked"),
         }
