@@ -50,7 +50,9 @@ pub struct Canned {
 }
 
 /// What stands before the server and may answer for it.
-struct Guard(Box<dyn Fn(&Head) -> Option<Canned> + Send + Sync>);
+struct Guard(Box<Answers>);
+
+type Answers = dyn Fn(&Head) -> Option<Canned> + Send + Sync;
 
 impl std::fmt::Debug for Guard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
