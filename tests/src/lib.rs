@@ -13,6 +13,7 @@ pub mod kiln;
 pub mod lab;
 pub mod leftovers;
 pub mod plain;
+pub mod plugin;
 pub mod process;
 pub mod proxy;
 pub mod rabbit;

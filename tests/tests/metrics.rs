@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -106,17 +105,9 @@ fn promtool(text: &str) -> kiln_tests::process::Outcome {
     Running::start_with_input(command.args(["check", "metrics"]), file).wait(PROMTOOL)
 }
 
-fn plugin(name: &str) -> PathBuf {
-    let built = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/plugins");
-    let folder = std::env::var_os("KILN_PLUGINS").map_or_else(built, PathBuf::from);
-    let path = folder.join(format!("{name}.wasm"));
-    assert!(path.exists(), "{} is missing; run `make plugins`", path.display());
-    path
-}
-
 #[test]
 fn everything_declared_happens() {
-    let policy = plugin("tag-policy");
+    let policy = kiln_tests::plugin::file("tag-policy");
     let policy = format!(
         "[plugins]\nallow_unstable = true\n[[plugin]]\nname = \"tags\"\nsource = \"file:{}\"\nmode = \"enforce\"\non_failure = \"closed\"\n[plugin.settings]\ndeny = [\"latest\"]\n",
         policy.display()

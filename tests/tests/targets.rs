@@ -1,29 +1,20 @@
 //! `kiln build -t`: what is published, what is refused before anything runs, and what policies have to say.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::path::{Path, PathBuf};
-
 use kiln_tests::lab::{CLEAN, Lab};
 use kiln_tests::leftovers::assert_none;
+use kiln_tests::plugin;
 use kiln_tests::registry::Access;
 
 fn target(lab: &Lab, name: &str) -> String {
     format!("{}/{name}", lab.registry.host())
 }
 
-fn plugin(name: &str) -> PathBuf {
-    let built = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/plugins");
-    let folder = std::env::var_os("KILN_PLUGINS").map_or_else(built, PathBuf::from);
-    let path = folder.join(format!("{name}.wasm"));
-    assert!(path.exists(), "{} is missing; run `make plugins`", path.display());
-    path
-}
-
 /// A plugin with settings, as `--plugin` takes it.
 fn with_settings(lab: &Lab, name: &str, settings: &str) -> String {
     let file = lab.path(&format!("{name}.json"));
     std::fs::write(&file, settings).unwrap();
-    format!("{},settings={}", plugin(name).display(), file.display())
+    format!("{},settings={}", plugin::file(name).display(), file.display())
 }
 
 fn small(lab: &Lab) -> &Lab {
@@ -116,6 +107,20 @@ fn a_policy_that_denies_leaves_no_tag_and_runs_nothing() {
         .run()
         .expect_code(0);
     assert!(lab.registry.tag("app", "1.0.0").is_some());
+}
+
+#[test]
+fn a_policy_that_denies_after_the_upload_leaves_no_tag() {
+    let lab = Lab::new();
+    let policy = with_settings(&lab, "hostile", r#"{"mode": "deny-image"}"#);
+    let _ = small(&lab)
+        .build()
+        .args(["--plugin", &policy, "-t", &target(&lab, "app:1"), "-t", &target(&lab, "copy:1")])
+        .run()
+        .expect_code(3)
+        .expect_text(&["[upload]", "in phase post-push (policy_denied)", "not this image"]);
+    assert_eq!((lab.registry.tag("app", "1"), lab.registry.tag("copy", "1")), (None, None));
+    assert_none(&lab.data(), CLEAN);
 }
 
 #[test]

@@ -63,9 +63,13 @@ impl pre_build::Guest for Hostile {
 
 impl post_push::Guest for Hostile {
     fn check(image: &Image, report: &Report) -> Result<Verdict, Fault> {
-        if mode_of(&host::settings()) == "read-beside-layers" {
-            let other = format!("sha256:{}", "0".repeat(64));
-            return image.open_layer(&other).map(|_| Verdict::Allow);
+        match mode_of(&host::settings()).as_str() {
+            "read-beside-layers" => {
+                let other = format!("sha256:{}", "0".repeat(64));
+                return image.open_layer(&other).map(|_| Verdict::Allow);
+            }
+            "deny-image" => return Ok(Verdict::Deny(vec![violation("not this image".to_owned())])),
+            _ => {}
         }
         report.note("manifest", &String::from_utf8_lossy(&image.manifest()));
         report.note("config", &String::from_utf8_lossy(&image.config()));
