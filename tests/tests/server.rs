@@ -1,4 +1,5 @@
 //! `kiln up` and the commands that ask it.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::time::Duration;
 
@@ -22,8 +23,7 @@ fn a_build_on_a_server_is_published_listed_shown_and_logged() {
     let server = Server::start();
     let _ = build(&server, "echo from-the-log", "app:1").run().expect_code(0).expect_text(&["from-the-log"]);
     let _ = server.list().expect_text(&["SUCCESS"]);
-    let id = server.list().output();
-    let id = id.split_whitespace().find(|word| word.len() == 36).unwrap().to_owned();
+    let id = first_id(&server);
     let _ = server.ask("show").arg(&id).run().expect_code(0).expect_text(&["SUCCESS", "app:1"]);
     let _ = server.ask("logs").arg(&id).run().expect_code(0).expect_text(&["from-the-log"]);
 }
@@ -39,8 +39,7 @@ fn a_build_on_a_server_is_cancelled_by_another_client() {
     let server = Server::start();
     let build = build(&server, "echo begun; sleep 600", "app:1").start();
     build.expect_output("begun");
-    let id = server.list().output();
-    let id = id.split_whitespace().find(|word| word.len() == 36).unwrap().to_owned();
+    let id = first_id(&server);
     let _ = server.ask("cancel").arg(&id).run().expect_code(0);
     let _ = build.wait().expect_code(130);
     let _ = server.list().expect_text(&["CANCELLED"]);
